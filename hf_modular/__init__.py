@@ -1,0 +1,66 @@
+"""hf_modular: adapter types and merging methods for PEFT and transformers.
+
+Importing this package is cheap: the public names are loaded on first use, and the adapter types are
+registered with PEFT as soon as PEFT itself is imported, before or after this package.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hf_modular import autoload
+from hf_modular._version import __version__
+
+if TYPE_CHECKING:
+    from hf_modular.adapters import HUTConfig, SSFConfig
+    from hf_modular.hub import push_to_hub
+    from hf_modular.merging import (
+        DAREConfig,
+        LinearConfig,
+        MergeRecipe,
+        MergeReport,
+        TaskArithmeticConfig,
+        merge,
+        merge_state_dicts,
+    )
+
+_HOME = {
+    "DAREConfig": "merging",
+    "HUTConfig": "adapters",
+    "LinearConfig": "merging",
+    "MergeRecipe": "merging",
+    "MergeReport": "merging",
+    "SSFConfig": "adapters",
+    "TaskArithmeticConfig": "merging",
+    "merge": "merging",
+    "merge_state_dicts": "merging",
+    "push_to_hub": "hub",
+}
+
+__all__ = [
+    "DAREConfig",
+    "HUTConfig",
+    "LinearConfig",
+    "MergeRecipe",
+    "MergeReport",
+    "SSFConfig",
+    "TaskArithmeticConfig",
+    "__version__",
+    "merge",
+    "merge_state_dicts",
+    "push_to_hub",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_modular' has no attribute {name!r}")
+    value = getattr(import_module(f"hf_modular.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+autoload.register_after_peft()
