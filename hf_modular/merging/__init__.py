@@ -1,0 +1,47 @@
+"""Model merging: METHODS, the table of methods, and the ways to run them. Everything is loaded on first use."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_modular.merging._memory import merge_state_dicts
+    from hf_modular.merging._method import MergeMethod
+    from hf_modular.merging.dare import DAREConfig
+    from hf_modular.merging.linear import LinearConfig
+    from hf_modular.merging.task_arithmetic import TaskArithmeticConfig
+
+    METHODS: dict[str, type[MergeMethod]]
+
+_METHODS = ("LinearConfig", "TaskArithmeticConfig", "DAREConfig")  # in the order in which they are listed
+
+_HOME = {
+    "DAREConfig": "dare",
+    "LinearConfig": "linear",
+    "MergeMethod": "_method",
+    "TaskArithmeticConfig": "task_arithmetic",
+    "merge_state_dicts": "_memory",
+}
+
+__all__ = [
+    "METHODS",
+    "DAREConfig",
+    "LinearConfig",
+    "MergeMethod",
+    "TaskArithmeticConfig",
+    "merge_state_dicts",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "METHODS":
+        value: Any = {method.name: method for method in map(__getattr__, _METHODS)}
+    elif name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,255 @@
+"""What a merge method is: a frozen dataclass of settings with the mathematics of one stack of tensors.
+
+A method's file holds one subclass of `MergeMethod`. It knows nothing of files, dtypes, chunks, threads or
+recipes: the engine hands it one `Stack` after another, in fp32, and rounds what comes back once.
+"""
+
+import json
+import math
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from types import UnionType
+from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+
+from torch import Tensor
+
+from hf_modular.merging import _random
+
+CONFIG_NAME = "merge_config.json"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """One tensor, or a run of elements of it, of the base and of all n models, in fp32 (fp64 where an input
+    is).
+
+    A method changes nothing that it is given. `shape` is the tensor's own for most methods; for an
+    elementwise one it may be a flat chunk of any length.
+    """
+
+    name: str
+    base: Tensor  # (*shape); the first model for a method that needs no base
+    models: Tensor  # (n, *shape)
+    weights: Tensor  # (n,), each model's `weight` in the recipe, 1 if it has none
+    offset: int = 0  # flat index of the first element within its tensor
+    seed: int = 0  # the run's
+    settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # those that differ between models
+    companions: Mapping[str, Tensor] = field(default_factory=dict)  # what `needs` names, (n, *shape) each
+
+    @property
+    def deltas(self) -> Tensor:  # (n, *shape)
+        """The task vectors, models - base."""
+        return self.models - self.base
+
+    def each(self, setting: str, default: T) -> tuple[T, ...]:
+        """A per-model setting, one value for each model."""
+        return self.settings.get(setting, (default,) * len(self.models))
+
+    def bernoulli(self, model: int, p: float) -> Tensor:  # (*shape)
+        """A mask that is True with probability p; an element's value depends on seed, tensor name, model and
+        index.
+        """
+        mask = _random.bernoulli(self._key(model), self.offset, self.base.numel(), p)
+        return mask.to(self.base.device).view(self.base.shape)
+
+    def uniform(self, model: int) -> Tensor:  # (*shape)
+        """Numbers in [0, 1), independent of `bernoulli`'s; they depend on the same things."""
+        numbers = _random.uniform(self._key(model), self.offset, self.base.numel())
+        return numbers.to(self.base).view(self.base.shape)
+
+    def _key(self, model: int) -> str:
+        return f"{self.seed}\0{self.name}\0{model}"
+
+
+class Stacks(Protocol):
+    """All stacks of a merge, as `survey` sees them; each iteration and each `map` is one pass over the
+    models.
+    """
+
+    def __iter__(self) -> Iterator[Stack]: ...
+
+    def map(self, function: Callable[[Stack], T]) -> Iterable[T]:
+        """function(stack) for each stack, computed by the engine's workers, in the order of the stacks."""
+        ...
+
+
+@dataclass(frozen=True)
+class Alias:
+    """Another program's name for a method: what it sets differently, and its words for our settings."""
+
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    keys: Mapping[str, tuple[str, Callable[[Any], Any]]] = field(
+        default_factory=dict
+    )  # theirs -> (ours, of value)
+
+
+@dataclass(frozen=True)
+class MergeMethod(ABC):
+    """Settings as dataclass fields, `merge` as the mathematics.
+
+    The metadata of a field are its `help`, for a number its `law` (an interval such as "[0, 1)"), and
+    `per_model=True` where a recipe may give each model its own value (read it by `stack.each`). A `Literal`
+    allows its values only.
+    """
+
+    name: ClassVar[str]  # in recipes and on the command line
+    uses_base: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset()  # companions to stream beside the weights
+    aliases: ClassVar[Mapping[str, Alias]] = {}  # mergekit's names for this method
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for f in fields(self):
+            _check(f.name, getattr(self, f.name), hints[f.name], f.metadata.get("law", "(-inf, inf)"))
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an output element depends on the same element of the inputs alone: the engine then feeds
+        chunks.
+        """
+        return False
+
+    def survey(self, stacks: Stacks) -> Any:
+        """Whole-model quantities that `merge` needs, by as many passes as it takes. Most methods have none."""
+        return None
+
+    @abstractmethod
+    def merge(self, stack: Stack, survey: Any) -> Tensor:  # (*shape)
+        """The merged tensor."""
+
+    @classmethod
+    def surveys(cls) -> bool:
+        return cls.survey is not MergeMethod.survey
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"merge_method": self.name, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, settings: Mapping[str, Any]) -> Self:
+        settings = dict(settings)
+        if (method := settings.pop("merge_method", cls.name)) != cls.name:
+            raise ValueError(
+                f"{cls.__name__} holds the settings of {cls.name!r}, but got those of {method!r}"
+            )
+        known = [f.name for f in fields(cls)]
+        if unknown := [key for key in settings if key not in known]:
+            raise ValueError(f"{cls.name!r} has the settings {known}, but got {unknown}")
+        return cls(**settings)
+
+    def save_pretrained(self, save_directory: str | Path) -> None:
+        """Write the settings to `merge_config.json` in a folder."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / CONFIG_NAME).write_text(
+            json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8"
+        )
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, **download: Any) -> Self:
+        """Read the settings from a folder or a Hub repository (`revision`, `token`, ... as in
+        `hf_hub_download`).
+        """
+        return cls.from_dict(read_config(name_or_path, **download))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Upload `merge_config.json` to a Hub repository, made if it is not there; returns the commit's
+        address.
+        """
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        content = json.dumps(self.to_dict(), indent=2, sort_keys=True).encode() + b"\n"
+        commit = api.upload_file(
+            path_or_fileobj=content,
+            path_in_repo=CONFIG_NAME,
+            repo_id=repo,
+            revision=revision,
+            commit_message=f"Merge settings: {self.name}",
+        )
+        return str(commit.commit_url)
+
+
+def read_config(name_or_path: str | Path, **download: Any) -> dict[str, Any]:
+    """What is in a folder's or repository's `merge_config.json`."""
+    path = Path(name_or_path) / CONFIG_NAME
+    if not path.is_file():
+        if Path(name_or_path).is_dir():
+            raise FileNotFoundError(f"no {CONFIG_NAME} in {name_or_path}")
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(str(name_or_path), CONFIG_NAME, **download))
+    settings = json.loads(path.read_text("utf-8"))
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} must hold a JSON object, but got {type(settings).__name__}")
+    return settings
+
+
+def weighted_sum(weights: Iterable[float], terms: Iterable[Tensor]) -> Tensor:  # (*shape)
+    """Σ wᵢ tᵢ in the order given, each product and each sum rounded on its own.
+
+    A matrix product or a fused multiply-add may round differently at the edge of a vector register or a
+    block, and the result would depend on where a tensor is cut into chunks.
+    """
+    total: Tensor | None = None
+    for weight, term in zip(map(float, weights), terms, strict=True):
+        product = term * weight
+        total = product if total is None else total.add_(product)
+    if total is None:
+        raise ValueError("a weighted sum needs at least one term")
+    return total
+
+
+def total_weight(weights: Tensor) -> float:
+    """Σ wᵢ, for methods that divide by it."""
+    total = math.fsum(weights.tolist())
+    if abs(total) < 1e-8:
+        raise ValueError(
+            f"the weights of the models must not sum to 0 with normalize=True, but got {weights.tolist()}: "
+            "set normalize=False or change a weight"
+        )
+    return total
+
+
+def _check(name: str, value: Any, kind: Any, law: str) -> None:
+    """One setting against its type and its law."""
+    if typing.get_origin(kind) is Literal:
+        if value not in typing.get_args(kind):
+            raise ValueError(
+                f"`{name}` must be one of {list(typing.get_args(kind))}, but got {name}={value!r}"
+            )
+    elif not _is_a(value, kind):
+        raise TypeError(
+            f"`{name}` must be of type {getattr(kind, '__name__', kind)}, but got {name}={value!r}"
+        )
+    elif isinstance(value, (int, float)) and not _within(value, law):
+        raise ValueError(f"`{name}` must be in {law}, but got {name}={value!r}")
+
+
+def _is_a(value: Any, kind: Any) -> bool:
+    """isinstance, where an int is a float too and a bool is no number."""
+    if isinstance(kind, UnionType):
+        return any(_is_a(value, member) for member in typing.get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else typing.get_origin(kind) or kind)
+
+
+def _within(value: float, law: str) -> bool:
+    """Whether a finite number lies in an interval such as "[0, 1)"."""
+    low, high = (float(end) for end in law[1:-1].split(","))
+    above = value >= low if law[0] == "[" else value > low
+    below = value <= high if law[-1] == "]" else value < high
+    return math.isfinite(value) and above and below

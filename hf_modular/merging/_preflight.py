@@ -1,0 +1,85 @@
+"""What can be wrong before a weight is read, and with a merged tensor: found, collected and named."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_SHOWN = 20
+
+
+class TensorLike(Protocol):
+    """A tensor, or what a file's header says of one."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
+def refuse(problems: Iterable[str]) -> None:
+    """All problems in one error."""
+    found = list(problems)
+    if not found:
+        return
+    shown = found[:_SHOWN] + ([f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
+    raise ValueError("these models cannot be merged:\n" + "\n".join(f"  - {problem}" for problem in shown))
+
+
+def disagreements(
+    reference: Mapping[str, TensorLike], models: Mapping[str, Mapping[str, TensorLike]]
+) -> Iterator[str]:
+    """How the models' tensors differ in name, shape or kind from the reference's."""
+    for label, model in models.items():
+        if missing := [name for name in reference if name not in model]:
+            yield f"{label} has no tensor {_listed(missing)}"
+        if extra := [name for name in model if name not in reference]:
+            yield f"{label} has the tensor {_listed(extra)}, which the base has not"
+        for name in reference.keys() & model.keys():
+            yield from _mismatch(name, reference[name], label, model[name])
+
+
+def unmergeable(tensors: Mapping[str, TensorLike], label: str) -> Iterator[str]:
+    """Tensors of a dtype that holds no plain numbers: packed, quantised or complex weights."""
+    for name, tensor in tensors.items():
+        if (tensor.dtype.is_floating_point or tensor.dtype.is_complex) and tensor.dtype not in MERGEABLE:
+            yield (
+                f"{name} of {label} is {spelled(tensor.dtype)}, which cannot be merged: "
+                "dequantise the model to float32, bfloat16 or float16 first"
+            )
+
+
+def check_finite(name: str, merged: Tensor, models: Iterable[tuple[str, Tensor]]) -> None:
+    """Refuse NaN and infinities, and say which model brought them."""
+    if is_finite(merged):
+        return
+    culprit = next((label for label, tensor in models if not is_finite(tensor)), None)
+    cause = (
+        f"{culprit} has them already"
+        if culprit
+        else "no model has them: the settings make the values overflow"
+    )
+    raise ValueError(f"the merged tensor {name} must be finite, but has NaN or infinite values ({cause})")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """One pass, and no mask as large as the tensor: minimum and maximum keep a NaN."""
+    return tensor.numel() == 0 or bool(torch.isfinite(torch.stack(torch.aminmax(tensor))).all())
+
+
+def spelled(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _mismatch(name: str, reference: TensorLike, label: str, tensor: TensorLike) -> Iterator[str]:
+    expected, shape = tuple(reference.shape), tuple(tensor.shape)
+    if shape != expected:
+        yield f"{name} must have the base's shape {expected}, but has {shape} in {label}"
+    if reference.dtype.is_floating_point != tensor.dtype.is_floating_point:
+        yield f"{name} is {spelled(reference.dtype)} in the base, but {spelled(tensor.dtype)} in {label}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
