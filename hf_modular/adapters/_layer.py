@@ -1,0 +1,299 @@
+"""The layer that holds adapters: what every method shares, written once.
+
+The base layer stays inside, untouched. A rewritten weight is put into it for one call with
+`torch.func.functional_call`, so stride, padding, groups and hooks are the base layer's own; merging puts the very
+same tensors there for good. Forward and merge therefore cannot disagree.
+"""
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
+from torch import Tensor, nn
+
+from hf_modular.adapters._layout import LINEAR, Layout, layout_of
+from hf_modular.adapters._method import Adapter, Site
+
+BASE = "__base__"  # PEFT's name, in `adapter_names`, for samples without an adapter
+
+Weights = tuple[Tensor, Tensor | None]
+
+
+class AdapterLayer(nn.Module, BaseTunerLayer):
+    """A layer with adapters of one method, kept by name in one `ModuleDict`."""
+
+    def __init__(self, base_layer: nn.Module, name: str, slot: str, backend: QuantizationBackend | None) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = backend
+        self.layout = layout_of_base(base_layer, name, backend)
+        self.site = Site(name, self._weight_shape(), getattr(base_layer, "bias", None) is not None)
+        self.adapter_layer_names = (slot,)
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._originals: tuple[Any, ...] | None = None  # the base layer's own parameters, while merged
+        self.add_module(slot, nn.ModuleDict())
+
+    # -- adapters --------------------------------------------------------------------------------------------
+
+    @property
+    def adapters(self) -> nn.ModuleDict:
+        return getattr(self, self.adapter_layer_names[0])
+
+    def add_adapter(self, adapter_name: str, adapter: Adapter) -> None:
+        self.adapters[adapter_name] = adapter
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _chosen(self, names: Iterable[str]) -> list[Adapter]:
+        return [self.adapters[name] for name in names if name in self.adapters]  # type: ignore[misc]
+
+    # -- forward ---------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None:
+            return self._mixed_forward(x, args, kwargs, adapter_names)
+        if self.disable_adapters or self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(self._chosen(self.active_adapters), x, args, kwargs)
+
+    def _adapted(self, adapters: list[Adapter], x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        if all(adapter.direct for adapter in adapters):
+            return self._act_on_output(adapters, x, self.base_layer(x, *args, **kwargs))
+        return self._call_base(self._fold(adapters), x, args, kwargs)
+
+    def _act_on_output(self, adapters: list[Adapter], x: Tensor, y: Tensor) -> Tensor:
+        """Run the adapters one after the other on the output, the channels moved to the last axis."""
+        if not adapters:
+            return y
+        dtype = y.dtype
+        out = y.movedim(self.layout.channel, -1)
+        for adapter in adapters:
+            out = adapter(self._cast_input(x, adapter), out)
+        return out.movedim(-1, self.layout.channel).to(dtype)
+
+    def _cast_input(self, x: Tensor, adapter: Adapter) -> Tensor:
+        parameter = next(adapter.parameters(), None)
+        if parameter is None or not x.is_floating_point():
+            return x
+        return self._cast_input_dtype(x, parameter.dtype)
+
+    def _mixed_forward(self, x: Tensor, args: Any, kwargs: Any, names: list[str]) -> Tensor:
+        """Each sample of the batch with the adapter of its name; the first axis of `x` is the batch."""
+        self._check_mixed(x, names)
+        rows = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
+        y: Tensor | None = None
+        for name, index in rows.items():
+            chosen = [] if name == BASE else self._chosen([name])
+            part = self._adapted(chosen, x[index], args, kwargs)
+            y = part.new_empty((len(names), *part.shape[1:])) if y is None else y
+            y[index] = part.to(y.dtype)
+        return x if y is None else y
+
+    def _check_mixed(self, x: Tensor, names: list[str]) -> None:
+        if self.disable_adapters or self.merged:
+            state = "disabled" if self.disable_adapters else f"merged ({self.merged_adapters})"
+            raise ValueError(f"`adapter_names` needs adapters that are neither merged nor disabled; they are {state}.")
+        if x.shape[0] != len(names):
+            raise ValueError(
+                f"`adapter_names` must hold one name per sample, but layer '{self.site.name}' got {len(names)} names "
+                f"for an input of shape {tuple(x.shape)}."
+            )
+
+    # -- the rewritten weight --------------------------------------------------------------------------------
+
+    def _fold(self, adapters: Iterable[Adapter], base: Weights | None = None) -> Weights:
+        """The layer's weight (as the layer stores it) and bias after the adapters in their order."""
+        weight, bias = self._base_tensors() if base is None else base
+        dtype, bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
+        weight, bias = self.layout.canonical(_at_least_fp32(weight)), _at_least_fp32(bias)
+        for adapter in adapters:
+            weight, bias = adapter.transform(weight, bias)
+        return self.layout.stored(weight).to(dtype), None if bias is None else bias.to(bias_dtype)
+
+    def _base_tensors(self) -> Weights:
+        bias = getattr(self.base_layer, "bias", None)
+        if self.quantization_backend is not None:
+            return self.get_base_weight(), bias
+        return self.base_layer.weight, bias  # type: ignore[return-value]
+
+    def _weight_shape(self) -> tuple[int, ...]:
+        if self.quantization_backend is not None:
+            return (self.base_layer.out_features, self.base_layer.in_features)  # type: ignore[return-value]
+        return tuple(self.layout.canonical(self.base_layer.weight.detach()).shape)  # type: ignore[operator]
+
+    def _call_base(self, tensors: Weights, x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        weight, bias = tensors
+        if self.quantization_backend is not None:
+            return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        if bias is None or self.site.has_bias:
+            named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+            return torch.func.functional_call(self.base_layer, named, (x, *args), kwargs)
+        y = torch.func.functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+        return (y.movedim(self.layout.channel, -1) + bias).movedim(-1, self.layout.channel).to(y.dtype)
+
+    # -- merging ---------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put the rewritten weight into the base layer.
+
+        The layer's own parameters are set aside and come back, bit for bit, with `unmerge`.
+
+        Raises:
+            ValueError: If an adapter cannot be merged, or, with `safe_merge`, if the merged weight would hold NaN
+                or infinity. Nothing is changed then.
+        """
+        names = self._to_merge(adapter_names)
+        if not names:
+            return
+        weight, bias = self._merged_tensors(names, safe_merge)
+        if self._originals is None:
+            self._originals = _take(self.base_layer)
+        self._put(weight, bias)
+        self.merged_adapters.extend(names)
+
+    def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool = True) -> None:
+        """Raise what a merge of these adapters would raise, changing nothing."""
+        if names := self._to_merge(adapter_names):
+            self._merged_tensors(names, finite)
+
+    def unmergeable(self, adapter_names: Iterable[str]) -> str | None:
+        """Why one of these adapters cannot be merged into this layer; None if all can."""
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            return f"its {self.quantization_backend.backend_name} weight cannot be written"
+        reasons = (adapter.unmergeable() for adapter in self._chosen(adapter_names))
+        return next((reason for reason in reasons if reason), None)
+
+    def _to_merge(self, adapter_names: list[str] | None) -> list[str]:
+        return [n for n in check_adapters_to_merge(self, adapter_names) if n in self.adapters]
+
+    @torch.no_grad()
+    def _merged_tensors(self, names: list[str], finite: bool) -> Weights:
+        if reason := self.unmergeable(names):
+            raise ValueError(f"Layer '{self.site.name}' cannot be merged: {reason}.")
+        adapters = self._chosen([*self.merged_adapters, *names])
+        training = [(a, a.training) for a in adapters]
+        try:
+            for adapter in adapters:
+                adapter.eval()  # no dropout in a merged weight
+            # from the original weight, not from the one already merged: one rounding however many steps
+            tensors = self._fold(adapters, self._original_tensors())
+        finally:
+            for adapter, mode in training:
+                adapter.train(mode)
+        if finite:
+            self._check_finite(names, tensors)
+        return tensors
+
+    def _original_tensors(self) -> Weights | None:
+        if self._originals is None:
+            return None
+        merged = _take(self.base_layer)
+        _give(self.base_layer, self._originals)
+        try:
+            return self._base_tensors()
+        finally:
+            _give(self.base_layer, merged)
+
+    def _check_finite(self, names: list[str], tensors: Weights) -> None:
+        if not all(t is None or bool(torch.isfinite(t).all()) for t in tensors):
+            raise ValueError(
+                f"Merging {names} into layer '{self.site.name}' would give NaN or infinite weights; nothing was "
+                "merged. The adapter seems to be broken."
+            )
+
+    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+        if self.quantization_backend is not None:
+            self.set_base_weight(weight)
+        else:
+            self.base_layer.weight = _like(self.base_layer.weight, weight)  # type: ignore[arg-type]
+        if bias is not None and self.site.has_bias:
+            self.base_layer.bias = _like(self.base_layer.bias, bias)  # type: ignore[arg-type]
+
+    def unmerge(self) -> None:
+        """Put the base layer's own parameters back: the same objects, so the same bits and the same ties."""
+        if self._originals is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        _give(self.base_layer, self._originals)
+        self._originals = None
+        self.merged_adapters.clear()
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:  # as the layer stores it
+        """What merging this adapter alone would add to the weight, in fp32 or better."""
+        with torch.no_grad():
+            weight, bias = self._original_tensors() or self._base_tensors()
+            weight = self.layout.canonical(_at_least_fp32(weight))
+            after, _ = self._chosen([adapter_name])[0].transform(weight, _at_least_fp32(bias))
+            return self.layout.to_stored(after - weight)
+
+    # -- being a good layer ----------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        """What a model asks its layer for (in_features, padding_idx, eps, ...) is the base layer's."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or name == "base_layer":
+                raise
+            return getattr(self.base_layer, name)
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+    def __repr__(self) -> str:
+        return f"{self.adapter_layer_names[0].removesuffix('_adapter')}.{super().__repr__()}"
+
+
+class AdapterLinear(AdapterLayer):
+    """The same on a linear layer; PEFT's "all-linear" looks for the word in the class's name."""
+
+
+def wrap(base_layer: nn.Module, name: str, slot: str, backend: QuantizationBackend | None) -> AdapterLayer:
+    """A layer that holds adapters around `base_layer`.
+
+    Raises:
+        TypeError: If the layer is of a kind that cannot be adapted; the message names it.
+    """
+    linear = layout_of_base(base_layer, name, backend).kind == "Linear"
+    return (AdapterLinear if linear else AdapterLayer)(base_layer, name, slot, backend)
+
+
+def layout_of_base(base_layer: nn.Module, name: str, backend: QuantizationBackend | None) -> Layout:
+    if backend is None:
+        return layout_of(base_layer, name)
+    if backend.layer_type != "linear":
+        raise TypeError(f"Layer '{name}' is a quantised {backend.layer_type}; only linear ones can be adapted.")
+    return LINEAR
+
+
+def _at_least_fp32(tensor: Any) -> Any:
+    return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+
+
+# What bitsandbytes keeps of an 8-bit weight beside the parameter itself.
+_STATE = ("CB", "SB", "SCB", "SBt", "CBt")
+
+
+def _take(layer: nn.Module) -> tuple[Any, ...]:
+    state = getattr(layer, "state", None)
+    held = {key: getattr(state, key) for key in _STATE if hasattr(state, key)}
+    return layer._parameters.get("weight"), layer._parameters.get("bias"), held
+
+
+def _give(layer: nn.Module, originals: tuple[Any, ...]) -> None:
+    weight, bias, held = originals
+    layer._parameters["weight"] = weight
+    if "bias" in layer._parameters:
+        layer._parameters["bias"] = bias
+    for key, value in held.items():
+        setattr(layer.state, key, value)

@@ -1,0 +1,40 @@
+"""The note in a saved adapter's README that says what to import before loading."""
+
+from pathlib import Path
+
+_NOTE = """\
+## Loading this adapter
+
+Its type, `{type_name}`, comes from the package `hf_modular`, which has to be imported before PEFT can load it:
+
+```python
+# pip install hf_modular
+import hf_modular  # noqa: F401  registers {type_name} with PEFT
+from peft import PeftModel
+
+model = PeftModel.from_pretrained(base_model, "path/or/repo/of/this/adapter")
+```
+"""
+
+
+def add_loading_note(folder: Path, type_name: str, base_model: str | None) -> None:
+    """Put the note behind the metadata of `folder/README.md`, which is made if there is none."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else _front_matter(base_model)
+    if "import hf_modular" in text:
+        return
+    head, body = _split_front_matter(text)
+    readme.write_text(f"{head}\n{_NOTE.format(type_name=type_name)}{body}", encoding="utf-8")
+
+
+def _front_matter(base_model: str | None) -> str:
+    lines = ["library_name: peft", "tags:", "- hf-modular"]
+    if base_model and not Path(base_model).exists():  # a local path means nothing to a reader elsewhere
+        lines.insert(0, f"base_model: {base_model}")
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _split_front_matter(text: str) -> tuple[str, str]:
+    if text.startswith("---\n") and (end := text.find("\n---\n", 4)) >= 0:
+        return text[: end + 5], text[end + 5 :]
+    return "", text
