@@ -1,18 +1,18 @@
 """Merging state dicts that are in memory."""
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_modular.merging._method import MergeMethod, Stack
+from hf_modular.merging._pieces import Piece, PieceStacks, cut
 from hf_modular.merging._preflight import check_finite, disagreements, refuse, unmergeable
 
-T = TypeVar("T")
 StateDict = Mapping[str, Tensor]
 
 
@@ -40,7 +40,7 @@ def merge_state_dicts(
     source = _InMemory(config, base, list(models), _checked_weights(weights, len(models)), seed)
     refuse(source.problems())
     with one_thread(), torch.no_grad():
-        survey = config.survey(source)
+        survey = source.survey(source.names) if config.survey_scope == "model" else None
         merged = {name: source.merged(name, survey) for name in source.names}
     return {name: merged[source.tied.get(name, name)] for name in source.reference}
 
@@ -71,39 +71,46 @@ class _InMemory:
         return [name for name in self.reference if name not in tied]
 
     def problems(self) -> Iterator[str]:
-        if self.config.uses_base and self.base is None:
+        if self.config.base_model == "required" and self.base is None:
             yield f"{self.config.name} needs a base, but got base=None"
         labelled = {f"model {i}": model for i, model in enumerate(self.models)}
         yield from disagreements(self.reference, labelled)
         for label, tensors in {"the base": self.reference, **labelled}.items():
             yield from unmergeable(tensors, label)
 
-    def __iter__(self) -> Iterator[Stack]:
-        return (self.stack(name) for name in self.names if self.reference[name].is_floating_point())
+    def survey(self, names: Sequence[str]) -> Any:
+        sizes = {name: self.reference[name].numel() for name in names if self.reference[name].is_floating_point()}
+        return self.config.survey(PieceStacks(cut(sizes, elementwise=self.config.elementwise), self.stack))
 
-    def map(self, function: Callable[[Stack], T]) -> Iterable[T]:
-        return map(function, self)
-
-    def stack(self, name: str) -> Stack:
-        own = self.reference[name]
-        tensors = [model[name].to(own.device) for model in self.models]
-        dtype = arithmetic_dtype(tensor.dtype for tensor in (own, *tensors))
+    def stack(self, piece: Piece) -> Stack:
+        own = self.reference[piece.name]
+        tensors = [_part(model[piece.name].to(own.device), piece) for model in self.models]
+        dtype = arithmetic_dtype([own.dtype, *(tensor.dtype for tensor in tensors)])
         models = torch.stack([tensor.to(dtype) for tensor in tensors])
         return Stack(
-            name=name,
-            base=models[0] if self.base is None else own.to(dtype),
+            name=piece.name,
+            base=models[0] if self.base is None else _part(own, piece).to(dtype),
             models=models,
             weights=torch.tensor(self.weights, dtype=dtype),
+            has_base=self.base is not None,
+            offset=piece.start,
             seed=self.seed,
         )
 
-    def merged(self, name: str, survey: object) -> Tensor:
+    def merged(self, name: str, survey: Any) -> Tensor:
         own = self.reference[name]
         if not own.is_floating_point():
             return _carried_over(name, own, [model[name] for model in self.models])
-        merged = self.config.merge(self.stack(name), survey).to(own.dtype)
+        if self.config.survey_scope == "tensor":
+            survey = self.survey([name])
+        stack = self.stack(Piece(name, 0, own.numel(), whole=True))
+        merged = self.config.merge(stack, survey).to(own.dtype)
         check_finite(name, merged, ((f"model {i}", model[name]) for i, model in enumerate(self.models)))
         return merged
+
+
+def _part(tensor: Tensor, piece: Piece) -> Tensor:
+    return tensor if piece.whole else tensor.reshape(-1)[piece.start : piece.start + piece.size]
 
 
 def arithmetic_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:

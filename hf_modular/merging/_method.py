@@ -20,6 +20,9 @@ from hf_modular.merging import _random
 
 CONFIG_NAME = "merge_config.json"
 
+BLOCK = 1 << 17  # elements of a chunk: a handful of them in fp32 fits the cache of a core
+SAMPLED = 64  # one stack in so many
+
 T = TypeVar("T")
 
 
@@ -33,9 +36,10 @@ class Stack:
     """
 
     name: str
-    base: Tensor  # (*shape); the first model for a method that needs no base
+    base: Tensor  # (*shape); the first model where there is no base
     models: Tensor  # (n, *shape)
     weights: Tensor  # (n,), each model's `weight` in the recipe, 1 if it has none
+    has_base: bool = True  # for methods to which a base is optional
     offset: int = 0  # flat index of the first element within its tensor
     seed: int = 0  # the run's
     settings: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)  # those that differ between models
@@ -67,8 +71,11 @@ class Stack:
 
 
 class Stacks(Protocol):
-    """All stacks of a merge, as `survey` sees them; each iteration and each `map` is one pass over the
-    models.
+    """The stacks that `survey` sees; each iteration and each `map` is one pass over them.
+
+    An elementwise method gets chunks of BLOCK elements, whoever runs it: what is summed over them in order
+    cannot depend on the number of workers. What `map` returns must not share memory with the stacks, which
+    are used again.
     """
 
     def __iter__(self) -> Iterator[Stack]: ...
@@ -77,15 +84,17 @@ class Stacks(Protocol):
         """function(stack) for each stack, computed by the engine's workers, in the order of the stacks."""
         ...
 
+    def sample(self) -> Iterator[Stack]:
+        """A few of the stacks, always the same ones, for a first guess."""
+        ...
+
 
 @dataclass(frozen=True)
 class Alias:
     """Another program's name for a method: what it sets differently, and its words for our settings."""
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    keys: Mapping[str, tuple[str, Callable[[Any], Any]]] = field(
-        default_factory=dict
-    )  # theirs -> (ours, of value)
+    keys: Mapping[str, tuple[str, Callable[[Any], Any]]] = field(default_factory=dict)  # theirs -> (ours, of value)
 
 
 @dataclass(frozen=True)
@@ -98,14 +107,16 @@ class MergeMethod(ABC):
     """
 
     name: ClassVar[str]  # in recipes and on the command line
-    uses_base: ClassVar[bool] = True
+    base_model: ClassVar[Literal["required", "optional", "unused"]] = "required"
+    model_counts: ClassVar[tuple[int, float]] = (1, math.inf)  # how many models, beside the base, it merges
+    survey_scope: ClassVar[Literal["model", "tensor"]] = "model"
     needs: ClassVar[frozenset[str]] = frozenset()  # companions to stream beside the weights
     aliases: ClassVar[Mapping[str, Alias]] = {}  # mergekit's names for this method
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
-            _check(f.name, getattr(self, f.name), hints[f.name], f.metadata.get("law", "(-inf, inf)"))
+            check_setting(f.name, getattr(self, f.name), hints[f.name], f.metadata.get("law", "(-inf, inf)"))
 
     @property
     def elementwise(self) -> bool:
@@ -115,16 +126,18 @@ class MergeMethod(ABC):
         return False
 
     def survey(self, stacks: Stacks) -> Any:
-        """Whole-model quantities that `merge` needs, by as many passes as it takes. Most methods have none."""
+        """What `merge` must know beforehand, by as many passes over the stacks as it takes. Most need
+        nothing.
+
+        With `survey_scope = "model"` it is called once with all stacks, with "tensor" once for each tensor with that
+        tensor's stacks. So a method that needs a tensor's norm or threshold stays elementwise, and no tensor
+        is ever held whole.
+        """
         return None
 
     @abstractmethod
     def merge(self, stack: Stack, survey: Any) -> Tensor:  # (*shape)
         """The merged tensor."""
-
-    @classmethod
-    def surveys(cls) -> bool:
-        return cls.survey is not MergeMethod.survey
 
     def to_dict(self) -> dict[str, Any]:
         return {"merge_method": self.name, **asdict(self)}
@@ -133,9 +146,7 @@ class MergeMethod(ABC):
     def from_dict(cls, settings: Mapping[str, Any]) -> Self:
         settings = dict(settings)
         if (method := settings.pop("merge_method", cls.name)) != cls.name:
-            raise ValueError(
-                f"{cls.__name__} holds the settings of {cls.name!r}, but got those of {method!r}"
-            )
+            raise ValueError(f"{cls.__name__} holds the settings of {cls.name!r}, but got those of {method!r}")
         known = [f.name for f in fields(cls)]
         if unknown := [key for key in settings if key not in known]:
             raise ValueError(f"{cls.name!r} has the settings {known}, but got {unknown}")
@@ -145,9 +156,7 @@ class MergeMethod(ABC):
         """Write the settings to `merge_config.json` in a folder."""
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_text(
-            json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8"
-        )
+        (folder / CONFIG_NAME).write_text(json.dumps(self.to_dict(), indent=2, sort_keys=True) + "\n", "utf-8")
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, **download: Any) -> Self:
@@ -223,17 +232,13 @@ def total_weight(weights: Tensor) -> float:
     return total
 
 
-def _check(name: str, value: Any, kind: Any, law: str) -> None:
+def check_setting(name: str, value: Any, kind: Any, law: str = "(-inf, inf)") -> None:
     """One setting against its type and its law."""
     if typing.get_origin(kind) is Literal:
         if value not in typing.get_args(kind):
-            raise ValueError(
-                f"`{name}` must be one of {list(typing.get_args(kind))}, but got {name}={value!r}"
-            )
+            raise ValueError(f"`{name}` must be one of {list(typing.get_args(kind))}, but got {name}={value!r}")
     elif not _is_a(value, kind):
-        raise TypeError(
-            f"`{name}` must be of type {getattr(kind, '__name__', kind)}, but got {name}={value!r}"
-        )
+        raise TypeError(f"`{name}` must be of type {getattr(kind, '__name__', kind)}, but got {name}={value!r}")
     elif isinstance(value, (int, float)) and not _within(value, law):
         raise ValueError(f"`{name}` must be in {law}, but got {name}={value!r}")
 

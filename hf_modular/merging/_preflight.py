@@ -56,11 +56,7 @@ def check_finite(name: str, merged: Tensor, models: Iterable[tuple[str, Tensor]]
     if is_finite(merged):
         return
     culprit = next((label for label, tensor in models if not is_finite(tensor)), None)
-    cause = (
-        f"{culprit} has them already"
-        if culprit
-        else "no model has them: the settings make the values overflow"
-    )
+    cause = f"{culprit} has them already" if culprit else "no model has them: the settings make the values overflow"
     raise ValueError(f"the merged tensor {name} must be finite, but has NaN or infinite values ({cause})")
 
 

@@ -6,13 +6,15 @@
 mergekit's c = ‖dᵢ‖₁ / ‖mᵢ ⊙ dᵢ‖₁ for each tensor, which keeps the norm of what was drawn; "none" is c = 1.
 """
 
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from hf_modular.merging._method import Alias, MergeMethod, Stack, total_weight, weighted_sum
+from hf_modular.merging._method import Alias, MergeMethod, Stack, Stacks, total_weight, weighted_sum
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class DAREConfig(MergeMethod):
     """Task arithmetic with randomly thinned task vectors."""
 
     name: ClassVar[str] = "dare"
+    survey_scope: ClassVar[Literal["model", "tensor"]] = "tensor"
     aliases: ClassVar[dict[str, Alias]] = {
         "dare_linear": Alias(
             defaults={"drop": 0.0, "rescale": "norm"},
@@ -41,32 +44,50 @@ class DAREConfig(MergeMethod):
     scale: float = field(default=1.0, metadata={"help": "λ, applied to the sum of the task vectors."})
     rescale: Literal["inverse", "norm", "none"] = field(
         default="inverse",
-        metadata={
-            "help": "What the kept part is multiplied by: 1/(1 - p), the ratio of the L1 norms, or nothing."
-        },
+        metadata={"help": "What the kept part is multiplied by: 1/(1 - p), the ratio of the L1 norms, or nothing."},
     )
     normalize: bool = field(default=False, metadata={"help": "Divide the sum by the sum of the weights."})
 
     @property
     def elementwise(self) -> bool:
-        return self.rescale != "norm"
+        return True
 
-    def merge(self, stack: Stack, survey: Any) -> Tensor:
+    def survey(self, stacks: Stacks) -> list[float] | None:
+        """c for each model, where it is the ratio of the norms before and after."""
+        if self.rescale != "norm":
+            return None
+        before, after = zip(*stacks.map(self._norms), strict=True)
+        return [_ratio(*norms) for norms in zip(_totals(before), _totals(after), strict=True)]
+
+    def merge(self, stack: Stack, survey: list[float] | None) -> Tensor:
         drops = stack.each("drop", self.drop)
-        thinned = (self._thin(stack, i, drop) for i, drop in enumerate(drops))
-        mixed = weighted_sum(stack.weights, thinned)
+        factors = [self._factor(drop) for drop in drops] if survey is None else survey
+        weights = (float(weight) * factor for weight, factor in zip(stack.weights, factors, strict=True))
+        mixed = weighted_sum(weights, self._thinned(stack))
         scale = self.scale / total_weight(stack.weights) if self.normalize else self.scale
         return mixed.mul_(scale).add_(stack.base)
 
-    def _thin(self, stack: Stack, model: int, drop: float) -> Tensor:  # (*shape)
-        delta = stack.models[model] - stack.base
-        kept = delta * stack.bernoulli(model, 1 - drop)
-        if self.rescale == "inverse":
-            return kept.div_(1 - drop)
-        if self.rescale == "norm" and (norm := _l1_norm(kept)) > 0:
-            return kept.mul_(_l1_norm(delta) / norm)
-        return kept
+    def _thinned(self, stack: Stack) -> Iterator[Tensor]:  # n times (*shape)
+        """mᵢ ⊙ dᵢ"""
+        for i, drop in enumerate(stack.each("drop", self.drop)):
+            yield (stack.models[i] - stack.base).mul_(stack.bernoulli(i, 1 - drop))
+
+    def _factor(self, drop: float) -> float:
+        return 1 / (1 - drop) if self.rescale == "inverse" else 1.0
+
+    def _norms(self, stack: Stack) -> tuple[list[float], list[float]]:
+        """‖dᵢ‖₁ and ‖mᵢ ⊙ dᵢ‖₁ of each model."""
+        return [_l1(delta) for delta in stack.deltas], [_l1(delta) for delta in self._thinned(stack)]
 
 
-def _l1_norm(x: Tensor) -> float:
+def _l1(x: Tensor) -> float:
     return float(x.abs().sum(dtype=torch.float64))
+
+
+def _totals(norms: Iterable[list[float]]) -> list[float]:
+    """The norms of a tensor's parts, summed for each model without rounding."""
+    return [math.fsum(parts) for parts in zip(*norms, strict=True)]
+
+
+def _ratio(before: float, after: float) -> float:
+    return before / after if after > 0 else 1.0

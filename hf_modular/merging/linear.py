@@ -6,7 +6,7 @@ Without `normalize` the sum is not divided. No base takes part, unless it is lis
 """
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
@@ -18,7 +18,7 @@ class LinearConfig(MergeMethod):
     """Weighted average of the models."""
 
     name: ClassVar[str] = "linear"
-    uses_base: ClassVar[bool] = False
+    base_model: ClassVar[Literal["required", "optional", "unused"]] = "unused"
 
     normalize: bool = field(default=True, metadata={"help": "Divide by the sum of the weights."})
 

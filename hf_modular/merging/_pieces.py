@@ -1,0 +1,45 @@
+"""What is worked on at a time: a tensor, or a block of one."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+from hf_modular.merging._method import BLOCK, SAMPLED, Stack
+
+T = TypeVar("T")
+
+
+class Piece(NamedTuple):
+    """`size` elements of a tensor from flat index `start` on, or all of it in its own shape."""
+
+    name: str
+    start: int
+    size: int
+    whole: bool = False
+
+
+def cut(sizes: Mapping[str, int], *, elementwise: bool, block: int = BLOCK) -> list[Piece]:
+    """All tensors in their order, in blocks where a method is elementwise."""
+    if not elementwise:
+        return [Piece(name, 0, size, whole=True) for name, size in sizes.items()]
+    return [
+        Piece(name, start, min(block, size - start)) for name, size in sizes.items() for start in range(0, size, block)
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class PieceStacks:
+    """The stacks of some pieces, for a survey."""
+
+    pieces: Sequence[Piece]
+    stack: Callable[[Piece], Stack]
+    run: Callable[[Callable[[Piece], T], Iterable[Piece]], Iterable[T]] = map
+
+    def __iter__(self) -> Iterator[Stack]:
+        return map(self.stack, self.pieces)
+
+    def map(self, function: Callable[[Stack], T]) -> Iterable[T]:
+        return self.run(lambda piece: function(self.stack(piece)), self.pieces)
+
+    def sample(self) -> Iterator[Stack]:
+        return map(self.stack, self.pieces[::SAMPLED])
