@@ -21,18 +21,16 @@ from hf_modular.merging import _random
 CONFIG_NAME = "merge_config.json"
 
 BLOCK = 1 << 17  # elements of a chunk: a handful of them in fp32 fits the cache of a core
-SAMPLED = 64  # one stack in so many
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One tensor, or a run of elements of it, of the base and of all n models, in fp32 (fp64 where an input
-    is).
+    """One tensor, or a run of its elements, of the base and of all n models, in fp32 (fp64 where an input is).
 
-    A method changes nothing that it is given. `shape` is the tensor's own for most methods; for an
-    elementwise one it may be a flat chunk of any length.
+    A method changes nothing that it is given. `shape` is the tensor's own for most methods; for an elementwise
+    one it may be that of a flat chunk of any length.
     """
 
     name: str
@@ -55,9 +53,7 @@ class Stack:
         return self.settings.get(setting, (default,) * len(self.models))
 
     def bernoulli(self, model: int, p: float) -> Tensor:  # (*shape)
-        """A mask that is True with probability p; an element's value depends on seed, tensor name, model and
-        index.
-        """
+        """A mask that is True with probability p: a function of seed, tensor name, model and element."""
         mask = _random.bernoulli(self._key(model), self.offset, self.base.numel(), p)
         return mask.to(self.base.device).view(self.base.shape)
 
@@ -84,8 +80,8 @@ class Stacks(Protocol):
         """function(stack) for each stack, computed by the engine's workers, in the order of the stacks."""
         ...
 
-    def sample(self) -> Iterator[Stack]:
-        """A few of the stacks, always the same ones, for a first guess."""
+    def sample(self) -> Iterable[Stack]:
+        """A small part of the elements, spread over all tensors: for first guesses, never for results."""
         ...
 
 
@@ -109,7 +105,6 @@ class MergeMethod(ABC):
     name: ClassVar[str]  # in recipes and on the command line
     base_model: ClassVar[Literal["required", "optional", "unused"]] = "required"
     model_counts: ClassVar[tuple[int, float]] = (1, math.inf)  # how many models, beside the base, it merges
-    survey_scope: ClassVar[Literal["model", "tensor"]] = "model"
     needs: ClassVar[frozenset[str]] = frozenset()  # companions to stream beside the weights
     aliases: ClassVar[Mapping[str, Alias]] = {}  # mergekit's names for this method
 
@@ -120,10 +115,13 @@ class MergeMethod(ABC):
 
     @property
     def elementwise(self) -> bool:
-        """Whether an output element depends on the same element of the inputs alone: the engine then feeds
-        chunks.
-        """
+        """Whether an output element depends on the same element of the inputs (and the survey) alone."""
         return False
+
+    @property
+    def survey_scope(self) -> Literal["model", "tensor"]:
+        """What one `survey` is about."""
+        return "model"
 
     def survey(self, stacks: Stacks) -> Any:
         """What `merge` must know beforehand, by as many passes over the stacks as it takes. Most need
