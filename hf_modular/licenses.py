@@ -68,7 +68,8 @@ def resolve(
         return Verdict(None, _unknown_reason(unknown), needs_consent=restricted)
     if len(known) == 1:
         (terms,) = known
-        return Verdict(terms, f"every model that it was made from is under {terms}")
+        whose = "every model that it was made from" if len(parents) > 1 else next(iter(parents))
+        return Verdict(terms, f"the licence of {whose}")
     listed = " and ".join(sorted(map(str, known)))
     if all(terms.id in PERMISSIVE for terms in known):
         strictest = max(known, key=lambda terms: PERMISSIVE.index(terms.id))

@@ -169,6 +169,12 @@ class Hub:
     def count(self, method: str, pattern: str) -> int:
         return sum(call.method == method and bool(re.search(pattern, call.path)) for call in self.calls)
 
+    def add(self, repo_id: str, files: dict[str, Blob], private: bool = False) -> Repo:
+        """Put a repository there without a push."""
+        repo = self.repos[repo_id] = Repo(repo_id, private)
+        repo.commit("main", {".gitattributes": Blob(GIT_ATTRIBUTES), **files}, "initial commit")
+        return repo
+
     # ---- who may do what
 
     def readable(self, request: Request, repo_id: str) -> Repo:
@@ -207,8 +213,7 @@ class Hub:
         url = f"{self.url}/{repo_id}"
         if repo_id in self.repos:
             raise HubError(409, "You already created this model repo", url=url)
-        repo = self.repos[repo_id] = Repo(repo_id, private=asked.get("visibility") == "private")
-        repo.commit("main", {".gitattributes": Blob(GIT_ATTRIBUTES)}, "initial commit")
+        self.add(repo_id, {}, private=asked.get("visibility") == "private")
         return Reply({"url": url, "name": repo_id})
 
     @route("DELETE", "/api/repos/delete")
