@@ -21,7 +21,8 @@ Ours beside the form: the start (exactly the identity), the dropout, and no shif
 """
 
 from dataclasses import dataclass, field
-from typing import ClassVar
+from itertools import pairwise
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -78,6 +79,8 @@ class HUTConfig(AdapterConfig):
 class HUT(Adapter):
     """One HUT adapter: `A` and `B`, and `scale` (out,) and `shift` (out,) if asked for."""
 
+    on_linear = True
+
     def __init__(self, config: HUTConfig, site: Site) -> None:
         super().__init__(config, site)
         if site.is_norm:
@@ -102,34 +105,151 @@ class HUT(Adapter):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
     def transform(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        weight = self._multiplied(weight)
-        if self.scale is None:
-            return weight, bias
-        weight = weight * _over_rows(self.scale, weight)
-        bias = None if bias is None else bias * self.scale
-        return weight, bias if bias is None or self.shift is None else bias + self.shift
+        form, A, B, scale = self._factors()
+        return weight * _over_kernel(form.mask(A, B, scale, weight), weight), self._shifted(bias)
 
-    def _multiplied(self, weight: Tensor) -> Tensor:  # (out, in, *kernel)
-        if self.form == "low_rank":
-            return weight * _over_kernel(1 + self._drop(self.B @ self.A), weight)
-        A, B = 1 + self._drop(self.A - 1), 1 + self._drop(self.B - 1)
-        if self.form == "row_column":
-            return weight * _over_kernel(B.prod(1, keepdim=True) * A.prod(0), weight)
-        rows, columns = weight.shape[:2]
-        A, B = A[_tiles(rows, len(A), A)], B[:, _tiles(columns, B.shape[1], B)]
-        return weight * _over_kernel(A, weight) * _over_kernel(B, weight)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        form, A, B, scale = self._factors()
+        bias = self._shifted(bias)
+        if form is not _RowColumn:
+            return _MaskedLinear.apply(x, weight, A, B, scale, bias, form)
+        y = F.linear(x * A.prod(0).to(x.dtype), weight)  # the weight itself needs no rewriting
+        y = y * B.prod(1).mul(scale).to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
-    def _drop(self, change: Tensor) -> Tensor:
-        return F.dropout(change, self.dropout, self.training) if self.dropout else change
+    def _factors(self) -> tuple[type["_Form"], Tensor, Tensor, Tensor]:
+        """The form, A and B (with dropout in training), and the scale."""
+        form = _FORMS[self.form]
+        A: Tensor = self.A
+        B: Tensor = self.B
+        if self.dropout and self.training:
+            B = form.identity + F.dropout(B - form.identity, self.dropout)
+            A = A if form is _LowRank else 1 + F.dropout(A - 1, self.dropout)  # there, no B is no change
+        return form, A, B, torch.ones_like(B[:, 0]) if self.scale is None else self.scale
+
+    def _shifted(self, bias: Tensor | None) -> Tensor | None:
+        if bias is None or self.scale is None:
+            return bias
+        bias = bias * self.scale
+        return bias if self.shift is None else bias + self.shift
 
 
-def _tiles(size: int, count: int, like: Tensor) -> Tensor:  # (size,): the tile of each entry
-    return torch.arange(size, device=like.device) * count // size
+class _Form:
+    """How A, B and the scale make the mask, and what A, B and the scale get of its gradient G (out, in)."""
+
+    identity = 1.0  # the entries of B that change nothing
+
+    @staticmethod
+    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:  # (out, in)
+        raise NotImplementedError
+
+    @staticmethod
+    def gradients(G: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        raise NotImplementedError
+
+
+class _Tile(_Form):
+    """scale[o] · A[⌊o·a/out⌋, i] · B[o, ⌊i·b/in⌋], with a tiles along out and b along in.
+
+    The rows of one tile have the low-rank mask B (A[tile] ⊙ inside), where inside[t, i] says whether entry i is
+    in tile t: everything is small matrix products, which read and write the large matrices only once.
+    """
+
+    @staticmethod
+    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        inside, scaled = _inside(weight.shape[1], B), B * scale.unsqueeze(1)
+        return torch.cat([scaled[rows] @ (A[tile] * inside) for tile, rows in enumerate(_rows(A, B))])
+
+    @staticmethod
+    def gradients(G: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        inside, scaled = _inside(G.shape[1], B), B * scale.unsqueeze(1)
+        dA, dscaled = torch.empty_like(A), torch.empty_like(B)
+        for tile, rows in enumerate(_rows(A, B)):
+            dscaled[rows] = G[rows] @ (A[tile] * inside).T
+            dA[tile] = ((scaled[rows].T @ G[rows]) * inside).sum(0)
+        return dA, dscaled * scale.unsqueeze(1), (dscaled * B).sum(1)
+
+
+class _LowRank(_Form):
+    """scale · (1 + B A)."""
+
+    identity = 0.0
+
+    @staticmethod
+    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        return torch.addmm(scale.unsqueeze(1), B * scale.unsqueeze(1), A)
+
+    @staticmethod
+    def gradients(G: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dscaled = G @ A.T
+        dA = (B * scale.unsqueeze(1)).T @ G
+        return dA, dscaled * scale.unsqueeze(1), G.sum(1) + (dscaled * B).sum(1)
+
+
+class _RowColumn(_Form):
+    """scale · (Π_k B[:, k]) (Π_k A[k, :])."""
+
+    @staticmethod
+    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
+        return B.prod(1).mul(scale).unsqueeze(1) * A.prod(0)
+
+
+_FORMS: dict[str, type[_Form]] = {"tile": _Tile, "low_rank": _LowRank, "row_column": _RowColumn}
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """x (mask(A, B, scale) ⊙ W)ᵀ + bias, keeping x for backward and neither the mask nor the rewritten weight."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,  # (*, in)
+        weight: Tensor,  # (out, in), frozen
+        A: Tensor,
+        B: Tensor,
+        scale: Tensor,  # (out,)
+        bias: Tensor | None,  # (out,)
+        form: type[_Form],
+    ) -> Tensor:  # (*, out)
+        rewritten = form.mask(A, B, scale, weight).mul_(weight).to(weight.dtype)
+        return F.linear(x, rewritten, None if bias is None else bias.to(weight.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, A, B, scale, _, ctx.form = inputs
+        ctx.save_for_backward(x, weight, A, B, scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, scale = ctx.saved_tensors
+        g = gradients[0].reshape(-1, len(weight))  # (n, out)
+        dx = dA = dB = dscale = dbias = None
+        if ctx.needs_input_grad[0]:
+            rewritten = ctx.form.mask(A, B, scale, weight).mul_(weight)
+            dx = (g @ rewritten.to(g.dtype)).to(x.dtype).reshape(x.shape)
+        if any(ctx.needs_input_grad[2:5]):
+            G = g.T @ x.reshape(len(g), -1).to(g.dtype)  # of the rewritten weight
+            dA, dB, dscale = ctx.form.gradients(G.to(A.dtype).mul_(weight), A, B, scale)
+        if ctx.needs_input_grad[5]:
+            dbias = g.sum(0).to(scale.dtype)
+        return dx, None, dA, dB, dscale, dbias, None
+
+
+def _tiles(size: int, count: int, device: torch.device) -> Tensor:  # (size,): the tile of each entry
+    return torch.arange(size, device=device) * count // size
+
+
+def _inside(size: int, B: Tensor) -> Tensor:  # (tiles, size)
+    count = B.shape[1]
+    return (torch.arange(count, device=B.device).unsqueeze(1) == _tiles(size, count, B.device)).to(B.dtype)
+
+
+def _rows(A: Tensor, B: Tensor) -> list[slice]:
+    """The rows of each tile along out."""
+    bounds = [-(-tile * len(B) // len(A)) for tile in range(len(A) + 1)]
+    return [slice(low, high) for low, high in pairwise(bounds)]
 
 
 def _over_kernel(mask: Tensor, weight: Tensor) -> Tensor:  # (out, in) -> (out, in, 1, ...)
     return mask.reshape(*mask.shape, *[1] * (weight.ndim - 2))
-
-
-def _over_rows(scale: Tensor, weight: Tensor) -> Tensor:  # (out,) -> (out, 1, ...)
-    return scale.reshape(-1, *[1] * (weight.ndim - 1))
