@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.quantization_utils import QuantizationBackend, quantization_extra_repr
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
-from hf_modular.adapters._layout import LINEAR, Layout, layout_of
+from hf_modular.adapters._layout import LINEAR, Layout, is_plain, layout_of
 from hf_modular.adapters._method import Adapter, Site
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, for samples without an adapter
@@ -31,7 +32,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.quantization_backend = backend
         self.layout = layout_of_base(base_layer, name, backend)
-        self.site = Site(name, self._weight_shape(), getattr(base_layer, "bias", None) is not None)
+        self.site = Site(
+            name,
+            self._weight_shape(),
+            getattr(base_layer, "bias", None) is not None,
+            self.layout.kind,
+            backend is not None or is_plain(base_layer),
+            getattr(base_layer, "groups", 1),
+        )
         self.adapter_layer_names = (slot,)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
@@ -63,8 +71,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return self._adapted(self._chosen(self.active_adapters), x, args, kwargs)
 
     def _adapted(self, adapters: list[Adapter], x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        if all(adapter.direct for adapter in adapters):
+        if not adapters or any(adapter.direct for adapter in adapters):
             return self._act_on_output(adapters, x, self.base_layer(x, *args, **kwargs))
+        if len(adapters) == 1 and adapters[0].on_linear and self._is_plain_linear():
+            weight, bias = self._base_tensors()
+            return adapters[0].linear(x, self.layout.to_canonical(weight), bias)
         return self._call_base(self._fold(adapters), x, args, kwargs)
 
     def _act_on_output(self, adapters: list[Adapter], x: Tensor, y: Tensor) -> Tensor:
@@ -73,9 +84,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return y
         dtype = y.dtype
         out = y.movedim(self.layout.channel, -1)
+        convolve = self._convolve if self.site.kind == "Conv" and self.site.plain else None
         for adapter in adapters:
-            out = adapter(self._cast_input(x, adapter), out)
+            out = adapter(self._cast_input(x, adapter), out, convolve)
         return out.movedim(-1, self.layout.channel).to(dtype)
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self.base_layer._conv_forward(x, weight, None)  # type: ignore[operator]
 
     def _cast_input(self, x: Tensor, adapter: Adapter) -> Tensor:
         parameter = next(adapter.parameters(), None)
@@ -104,6 +119,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"`adapter_names` must hold one name per sample, but layer '{self.site.name}' got {len(names)} names "
                 f"for an input of shape {tuple(x.shape)}."
             )
+
+    def _is_plain_linear(self) -> bool:
+        """Whether calling the base layer is no more than a matrix product: no quantisation, no hooks."""
+        base = self.base_layer
+        return type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks)
 
     # -- the rewritten weight --------------------------------------------------------------------------------
 

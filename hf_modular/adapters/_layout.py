@@ -71,6 +71,11 @@ def layout_of(layer: Any, name: str) -> Layout:
     )
 
 
+def is_plain(layer: nn.Module) -> bool:
+    """Whether the layer does what its kind says and no more: no forward of its own, no deconvolution."""
+    return type(layer).forward in _PLAIN
+
+
 def _conv(layer: Any, name: str) -> Layout:
     return Layout("Conv", -1 - (layer.weight.ndim - 2))
 
@@ -105,6 +110,9 @@ _KINDS: list[tuple[tuple[type[nn.Module], ...], Callable[[nn.Module, str], Layou
     ((nn.LayerNorm, nn.RMSNorm), _layer_norm),
     ((_BatchNorm, _InstanceNorm, nn.GroupNorm), _channel_norm),
 ]
+
+
+_PLAIN = {kind.forward for kind in (nn.Linear, Conv1D, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 @torch.no_grad()

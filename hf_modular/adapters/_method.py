@@ -6,11 +6,13 @@ Everything else (several adapters, mixed batches, merging, dtypes, saving) is do
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple, cast
 
+import torch
+import torch.nn.functional as F
 from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 
@@ -18,14 +20,19 @@ from hf_modular.adapters._readme import add_loading_note
 
 FORMAT_VERSION = 1
 
+Convolve = Callable[[Tensor, Tensor], Tensor]  # (x, weight) -> y
+
 
 @dataclass(frozen=True)
 class Site:
     """The layer, as far as a method may know it."""
 
     name: str  # its path in the model
-    weight_shape: tuple[int, ...]  # (out, in, *kernel); (features,) for a norm
+    weight_shape: tuple[int, ...]  # (out, in / groups, *kernel); (features,) for a norm
     has_bias: bool
+    kind: str = "Linear"  # or "Conv", "Embedding", "Norm"
+    plain: bool = True  # does no more than its kind says: it has no forward of its own, and is no deconvolution
+    groups: int = 1
 
     @property
     def is_norm(self) -> bool:
@@ -152,16 +159,25 @@ class Adapter(nn.Module):
     - `transform(weight, bias)`, rewriting: `W', b' = transform(W, b)`;
     - `forward(x, y)` alone, which acts on the output only and cannot be merged.
 
-    Beside the first two, `forward(x, y)` may be a cheaper equal of the rewritten layer; `direct` says that it is
-    to be used. Weights are given in fp32 or better, and changes nothing that it is given.
+    Beside the first two there may be a cheaper equal of the rewritten layer: `forward(x, y)`, which is used where
+    `direct` is set, or `linear(x, weight, bias)`, which is used on plain linear layers where `on_linear` is set.
+    Weights are given in fp32 or better, but to `linear` as they are. A method changes nothing that it is given.
     """
 
-    # A module class, made once per adapter name as Shared(config, sites) and given to every adapter as `shared`.
-    Shared: ClassVar[type[nn.Module] | None] = None
     direct: bool = False
+    on_linear: bool = False
 
-    def __init__(self, config: Any, site: Site, shared: nn.Module | None = None) -> None:
+    def __init__(self, config: Any, site: Site, shared: Any = None) -> None:
         super().__init__()
+
+    @staticmethod
+    def share(config: Any, sites: list[Site]) -> Any:
+        """What all adapters of one name share, made once for them and given to each; None if there is nothing.
+
+        An adapter registers the module that it needs of it as `self.shared`. Whole modules are shared, for bare
+        parameters come apart when they are cast, copied or loaded.
+        """
+        return None
 
     def delta(self) -> Tensor:  # (out, in, *kernel)
         """What is added to the weight."""
@@ -173,18 +189,110 @@ class Adapter(nn.Module):
         bias: Tensor | None,  # (out,)
     ) -> tuple[Tensor, Tensor | None]:
         """The weight and bias of the adapted layer."""
-        return weight + self.delta(), bias
+        return weight + self.delta().to(weight.device), bias
 
     def forward(
         self,
         x: Tensor,  # the layer's input
         y: Tensor,  # (*, out): its output, the channels last
+        convolve: Convolve | None = None,  # for a plain convolution: its operation with another weight, without bias
     ) -> Tensor:  # (*, out)
         """The output of the adapted layer."""
         raise NotImplementedError
+
+    def linear(
+        self,
+        x: Tensor,  # (*, in)
+        weight: Tensor,  # (out, in)
+        bias: Tensor | None,  # (out,)
+    ) -> Tensor:  # (*, out)
+        """The output of the adapted linear layer."""
+        raise NotImplementedError
+
+    def lora(self) -> tuple[Tensor, Tensor, float] | None:
+        """A (r, in, *kernel), B (out, r) and a scaling, so that `delta()` is scaling · B A; None if there are none."""
+        return None
 
     def unmergeable(self) -> str | None:
         """Why this adapter cannot be merged into its layer; None if it can."""
         cls = type(self)
         rewrites = cls.delta is not Adapter.delta or cls.transform is not Adapter.transform
         return None if rewrites else f"{cls.__name__} acts on the layer's output and has no weight to merge"
+
+
+class Factors(NamedTuple):
+    """What a weight of low rank is the product of: up · core · down. One of core and down may be missing."""
+
+    up: Tensor  # (out, q)
+    core: Tensor | None  # (q, p, *kernel)
+    down: Tensor | None  # (p, in)
+
+    def inner(self) -> Tensor:  # (q, in, *kernel)
+        """core · down."""
+        if self.core is None or self.down is None:
+            return self.down if self.core is None else self.core  # type: ignore[return-value]
+        return torch.tensordot(self.core, self.down, ([1], [0])).movedim(-1, 1)
+
+    def product(self) -> Tensor:  # (out, in, *kernel)
+        """up · core · down."""
+        return torch.tensordot(self.up, self.inner(), 1)
+
+
+class LowRank(Adapter):
+    """An additive adapter made of factors: W' = W + scaling · up · core · down.
+
+    A subclass is final and defines `factors`. On plain layers the factors act on the input one after the other,
+    which is cheap and lets dropout act on the input; elsewhere the weight is rewritten.
+    """
+
+    def __init__(self, config: Any, site: Site, scaling: float) -> None:
+        super().__init__(config, site)
+        if site.is_norm:
+            raise TypeError(f"{type(self).__name__} needs a weight with two sides; layer '{site.name}' is a norm.")
+        if config.dropout and not site.plain:
+            raise ValueError(
+                f"`dropout` acts on the input of a layer that only applies its weight, and layer '{site.name}' does "
+                f"more or is a deconvolution: set {config.dropout=} to 0, or name the layer in `exclude_modules`."
+            )
+        self.scaling, self.dropout = scaling, config.dropout
+        self.kernel_axes, self.groups = len(site.weight_shape) - 2, site.groups
+        # the factors of a grouped convolution mix what its groups keep apart
+        self.direct = site.plain and (site.groups == 1 or bool(config.dropout))
+
+    def factors(self) -> Factors:
+        """The factors of the change, in the layer's (out, in / groups, *kernel)."""
+        raise NotImplementedError
+
+    def delta(self) -> Tensor:
+        return self.scaling * self.factors().product()
+
+    def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
+        added = self._looked_up(x) if convolve is None else self._convolved(x, convolve)
+        return y + self.scaling * added
+
+    def _looked_up(self, x: Tensor) -> Tensor:  # (*, in), or the indices (*) of an embedding
+        up, core, down = self.factors()
+        down = cast(Tensor, down)  # only a convolution goes without
+        low = F.linear(self._drop(x), down) if x.is_floating_point() else self._drop(F.embedding(x, down.t()))
+        return F.linear(low if core is None else F.linear(low, core), up)
+
+    def _convolved(self, x: Tensor, convolve: Convolve) -> Tensor:  # (*, in, *size)
+        factors, x = self.factors(), self._drop(x)
+        if self.groups > 1:
+            return convolve(x, factors.product()).movedim(-1 - self.kernel_axes, -1)
+        if factors.down is not None:
+            x = self._over_channels(factors.down, x)
+        x = self._over_channels(factors.up, convolve(x, factors.core))  # type: ignore[arg-type]
+        return x.movedim(-1 - self.kernel_axes, -1)
+
+    def _over_channels(self, matrix: Tensor, x: Tensor) -> Tensor:
+        return (matrix @ x.flatten(-self.kernel_axes)).unflatten(-1, x.shape[-self.kernel_axes :])
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+    def lora(self) -> tuple[Tensor, Tensor, float]:
+        up, core, down = factors = self.factors()
+        if core is None or down is None or core.ndim > 2 or len(core) <= len(down):
+            return factors.inner(), up, self.scaling
+        return down, up @ core, self.scaling

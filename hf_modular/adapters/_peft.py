@@ -93,16 +93,14 @@ class AdapterModel(BaseTuner):
 
     def _make_adapters(self, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
-        shared = None
-        if self.adapter_class.Shared is not None:
-            shared = self.adapter_class.Shared(config, [layer.site for layer in self._placed.values()])
+        shared = self.adapter_class.share(config, [layer.site for layer in self._placed.values()])
         active = adapter_name in self.active_adapters
         for layer in self._placed.values():
             layer.add_adapter(adapter_name, self._adapter(config, layer, shared))
             layer.adapters[adapter_name].requires_grad_(active and not config.inference_mode)
             layer._active_adapter = self.active_adapters
 
-    def _adapter(self, config: AdapterConfig, layer: AdapterLayer, shared: nn.Module | None) -> Adapter:
+    def _adapter(self, config: AdapterConfig, layer: AdapterLayer, shared: Any) -> Adapter:
         given = (config, layer.site) if shared is None else (config, layer.site, shared)
         adapter = self.adapter_class(*given)
         backend = layer.quantization_backend

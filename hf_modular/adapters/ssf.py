@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from hf_modular.adapters._method import Adapter, AdapterConfig, Site, require_between, require_choice
+from hf_modular.adapters._method import Adapter, AdapterConfig, Convolve, Site, require_between, require_choice
 
 
 @dataclass
@@ -74,7 +74,7 @@ class SSF(Adapter):
             return weight, bias
         return weight, self.shift if bias is None else bias + self.shift
 
-    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+    def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
         y = y * self.scale
         return y if self.shift is None else y + self.shift
 
