@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hf_modular._origins import read_metadata
+from hf_modular._origins import parse_metadata
 
 UNKNOWN = "Unknown"
 PROCEDURE = "## Training procedure"
@@ -59,13 +59,10 @@ class CardText:
 def read_card(text: str) -> CardText:
     """Take a README apart."""
     block = REGEX_YAML_BLOCK.search(text)
-    metadata = read_metadata(text)
-    if block is not None and not metadata and block.group(2).strip():
-        raise ValueError("The metadata block of README.md must be a YAML mapping, but it cannot be read as one.")
     body = (text[block.end() :] if block else text).replace("\r\n", "\n")
     procedure, results = _PROCEDURE.search(body), _RESULTS.search(body)
     return CardText(
-        metadata,
+        parse_metadata(text),
         None if _is_generated(body) else body,
         _known(procedure[1]) if procedure else None,
         results[1].strip() if results else None,

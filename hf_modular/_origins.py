@@ -138,12 +138,22 @@ def sha256_of(path: Path) -> str:
 
 
 def read_metadata(card: str) -> dict[str, Any]:
-    """The metadata block at the head of a card; empty if there is none or it is broken."""
-    block = REGEX_YAML_BLOCK.search(card)
-    if block is None:
-        return {}
+    """The metadata block at the head of somebody else's card; empty if there is none or it is broken."""
     try:
-        metadata = yaml.safe_load(block.group(2))
-    except yaml.YAMLError:
+        return parse_metadata(card)
+    except ValueError:
         return {}
-    return metadata if isinstance(metadata, dict) else {}
+
+
+def parse_metadata(card: str) -> dict[str, Any]:
+    """The metadata block at the head of a card; empty if there is none."""
+    block = REGEX_YAML_BLOCK.search(card)
+    try:
+        metadata = yaml.safe_load(block.group(2)) if block else None
+    except yaml.YAMLError as error:
+        raise ValueError(f"The metadata block of {constants.REPOCARD_NAME} must be YAML, but: {error}.") from error
+    if metadata is not None and not isinstance(metadata, dict):
+        raise ValueError(
+            f"The metadata block of {constants.REPOCARD_NAME} must be a mapping, but is {metadata!r}."
+        )
+    return metadata or {}
