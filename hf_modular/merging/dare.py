@@ -22,7 +22,6 @@ class DAREConfig(MergeMethod):
     """Task arithmetic with randomly thinned task vectors."""
 
     name: ClassVar[str] = "dare"
-    survey_scope: ClassVar[Literal["model", "tensor"]] = "tensor"
     aliases: ClassVar[dict[str, Alias]] = {
         "dare_linear": Alias(
             defaults={"drop": 0.0, "rescale": "norm"},
@@ -51,6 +50,10 @@ class DAREConfig(MergeMethod):
     @property
     def elementwise(self) -> bool:
         return True
+
+    @property
+    def survey_scope(self) -> Literal["model", "tensor"]:
+        return "tensor"
 
     def survey(self, stacks: Stacks) -> list[float] | None:
         """c for each model, where it is the ratio of the norms before and after."""
