@@ -7,7 +7,7 @@ registered with PEFT as soon as PEFT itself is imported, before or after this pa
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hf_modular import autoload
+from hf_modular import _after_peft
 from hf_modular._version import __version__
 
 if TYPE_CHECKING:
@@ -63,4 +63,4 @@ def __dir__() -> list[str]:
     return __all__
 
 
-autoload.register_after_peft()
+_after_peft.register_after_peft()
