@@ -22,6 +22,8 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 MODEL_CONFIG = "config.json"
 CARD = "README.md"
+MERGE_RECIPE = "merge_recipe.yaml"
+MERGE_REPORT = "merge_report.json"
 
 # Files at the top of a repository that belong to one upload as a whole: those of the last one must go with it.
 OWNED = (
@@ -32,8 +34,8 @@ OWNED = (
     "model-*-of-*.safetensors",
     "pytorch_model*.bin",
     "pytorch_model.bin.index.json",
-    "merge_report.json",
-    "merge_recipe.yaml",
+    MERGE_RECIPE,
+    MERGE_REPORT,
 )
 _PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model.bin", "consolidated*.pth", "*.ckpt", "tf_model.h5")
 _TEXT = (".csv", ".jinja", ".json", ".md", ".txt", ".yaml", ".yml")
@@ -42,9 +44,7 @@ _NAMES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "CITATION.cff")
 _PICKLE = (".bin", ".ckpt", ".joblib", ".npy", ".npz", ".pickle", ".pkl", ".pt", ".pth")
 _TRAINING_STATE = ("trainer_state.json", "optimizer*", "scheduler*", "scaler*", "rng_state*", "training_args*")
 _WORK_FOLDERS = ("checkpoint-*", "runs", "wandb", "mlruns", "__pycache__", "global_step*")
-_SECRET = re.compile(rb"\bhf_[A-Za-z0-9]{30,}\b|\b(?:sk|ghp|github_pat)[-_][A-Za-z0-9_-]{30,}")
-
-
+_SECRET = re.compile(rb"\b(?:hf_[A-Za-z0-9]{30,}|sk-[A-Za-z0-9]{32,}|ghp_[A-Za-z0-9]{36}|github_pat_\w{60,})\b")
 _CHUNK = 1 << 24  # elements that are checked at a time
 
 

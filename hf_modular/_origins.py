@@ -49,12 +49,14 @@ class Origin:
     note: str = ""  # what a reader should know about how far this is known
 
     @property
+    def page(self) -> str:
+        """A link to its repository, in Markdown."""
+        return f"[{self.id}](https://huggingface.co/{self.id})" if self.id else f"`{self.label}`"
+
+    @property
     def link(self) -> str:
-        """In Markdown."""
-        if self.id is None:
-            return f"`{self.label}`"
-        at = f" at `{self.revision}`" if self.revision else ""
-        return f"[{self.id}](https://huggingface.co/{self.id}){at}"
+        """The same with the revision."""
+        return f"{self.page} at `{self.revision}`" if self.revision else self.page
 
 
 def is_hub_id(name: str) -> bool:
@@ -153,7 +155,5 @@ def parse_metadata(card: str) -> dict[str, Any]:
     except yaml.YAMLError as error:
         raise ValueError(f"The metadata block of {constants.REPOCARD_NAME} must be YAML, but: {error}.") from error
     if metadata is not None and not isinstance(metadata, dict):
-        raise ValueError(
-            f"The metadata block of {constants.REPOCARD_NAME} must be a mapping, but is {metadata!r}."
-        )
+        raise ValueError(f"The metadata block of {constants.REPOCARD_NAME} must be a mapping, but is {metadata!r}.")
     return metadata or {}

@@ -13,7 +13,9 @@ from typing import Any, TypedDict, Unpack
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from hf_modular._artifact import CARD, Artifact, read_artifact
-from hf_modular._card_kinds import NO_ORIGIN, Place, Subject, describe_adapter, describe_model, size_text
+from hf_modular._card_adapter import describe_adapter
+from hf_modular._card_model import describe_model
+from hf_modular._card_subject import NO_ORIGIN, Place, Subject, size_text
 from hf_modular._card_text import CardText, read_card, seal
 from hf_modular._origins import Lookup, cached_entry, is_hub_id, sha256_of
 from hf_modular._version import __version__

@@ -1,7 +1,6 @@
 """Publishing an adapter or a model on the Hub: checked first, with a card of its own, in one commit or not at all."""
 
 import hashlib
-import json
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,10 +18,10 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.hf_api import RepoFile, RepoSibling
 
-from hf_modular._artifact import ADAPTER_CONFIG, CARD, OWNED, Artifact, check_values, read_artifact
-from hf_modular._card_kinds import Place
+from hf_modular._artifact import CARD, OWNED, Artifact, check_values, read_artifact
+from hf_modular._card_subject import Place
 from hf_modular._card_text import read_card
-from hf_modular._origins import Entry, Lookup, Origin
+from hf_modular._origins import Entry, Lookup
 from hf_modular._version import __version__
 from hf_modular.cards import Card, Facts, make_card
 
@@ -96,8 +95,7 @@ def push_to_hub(
         )
         if not (private or target.private or accept_license):
             _refuse_unread_licenses(card)
-        if ADAPTER_CONFIG in uploads:
-            uploads[ADAPTER_CONFIG] = _public_config(artifact, card.subject.origins[0], uploads[ADAPTER_CONFIG])
+        uploads |= {name: CommitOperationAdd(name, text.encode()) for name, text in card.subject.public.items()}
         uploads[CARD] = CommitOperationAdd(CARD, str(card.content).encode())  # last, over whatever was there
         return _commit(api, target, private, revision, list(uploads.values()), artifact)
 
@@ -137,15 +135,6 @@ def _refuse_unread_licenses(card: Card) -> None:
 
 def _upload(artifact: Artifact, name: str) -> CommitOperationAdd:
     return CommitOperationAdd(name, artifact.folder / name)
-
-
-def _public_config(artifact: Artifact, base: Origin, upload: CommitOperationAdd) -> CommitOperationAdd:
-    """The adapter's config with the base model's Hub id, or none, in the place of a path on this machine."""
-    if artifact.config.get("base_model_name_or_path") == base.id:
-        return upload
-    told = {"base_model_name_or_path": base.id, "revision": base.revision}
-    content = json.dumps(artifact.config | told, indent=2, sort_keys=True) + "\n"
-    return CommitOperationAdd(ADAPTER_CONFIG, content.encode())
 
 
 def _existing_card(api: HfApi, artifact: Artifact, target: Target) -> str | None:

@@ -1,0 +1,216 @@
+"""What a card says about a merged model, or about another checkpoint."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from hf_modular import merging
+from hf_modular._artifact import MERGE_RECIPE, MERGE_REPORT, Artifact
+from hf_modular._card_subject import (
+    NO_ORIGIN,
+    Place,
+    Subject,
+    Task,
+    about,
+    code,
+    count,
+    dump,
+    processors,
+    task_of,
+    transformers_import,
+    without_paths,
+)
+from hf_modular._origins import Lookup, Origin, trace
+
+_SHOWN_FILES = 3
+
+
+class Parent(NamedTuple):
+    """A model that was merged."""
+
+    reference: str  # as the recipe names it
+    weight: str
+    origin: Origin
+    files: Mapping[str, Mapping[str, Any]]  # of its weights, with their sha256
+
+
+def describe_model(artifact: Artifact, place: Place, base_name: str | None, lookup: Lookup) -> Subject:
+    """A checkpoint, merged or not."""
+    if recipe := _recipe(artifact):
+        return _describe_merge(artifact, place, recipe, lookup)
+    return _describe(artifact, place, base_name, lookup)
+
+
+def _describe(artifact: Artifact, place: Place, base_name: str | None, lookup: Lookup) -> Subject:
+    base = trace(base_name, None, lookup) if base_name else NO_ORIGIN
+    task = _task(artifact)
+    return Subject(
+        template="model.md",
+        origins=[base],
+        library_name="transformers",
+        tags=["hf-modular"],
+        summary=f"{_kind(artifact)} model with {count(artifact):,} parameters.",
+        snippet=_snippet(artifact, place),
+        pipeline_tag=task.pipeline_tag if task else None,
+        variables={"base": base.link if base != NO_ORIGIN else "Unknown: none was stated."},
+        public=without_paths(artifact),
+    )
+
+
+def _describe_merge(artifact: Artifact, place: Place, recipe: dict[str, Any], lookup: Lookup) -> Subject:
+    report = artifact.read_json(MERGE_REPORT)
+    parents = [*_parents(recipe, report, lookup)]
+    task = _task(artifact)
+    method = str(report.get("merge_method") or recipe.get("merge_method"))
+    public = _public(artifact, recipe, report, parents)
+    return Subject(
+        template="merge.md",
+        origins=[parent.origin for parent in parents],
+        library_name="transformers",
+        tags=["hf-modular", "merge", method.replace("_", "-")],
+        summary=f"{_kind(artifact)} model with {count(artifact):,} parameters, merged by `{method}`.",
+        snippet=_snippet(artifact, place),
+        pipeline_tag=task.pipeline_tag if task else None,
+        relation="merge" if any(parent.origin.id for parent in parents) else None,
+        variables={
+            "parents": [_row(parent) for parent in parents],
+            "method": _method(method),
+            "recipe": public.get(MERGE_RECIPE, artifact.read_text(MERGE_RECIPE) or "").strip(),
+            "seed": report.get("seed", recipe.get("seed")),
+            "replay": _replay(parents),
+            "decisions": report.get("notes") or [],
+            "cost": _cost(report),
+        },
+        public=without_paths(artifact) | public,
+    )
+
+
+def _kind(artifact: Artifact) -> str:
+    return str(artifact.config.get("model_type") or "transformers")
+
+
+def _task(artifact: Artifact) -> Task | None:
+    return next(filter(None, map(task_of, artifact.config.get("architectures") or [])), None)
+
+
+def _snippet(artifact: Artifact, place: Place) -> str:
+    task = _task(artifact)
+    loader = task.auto_class if task else (artifact.config.get("architectures") or ["AutoModel"])[0]
+    classes, load_processors = processors(artifact, place)
+    return "\n".join(
+        [
+            *transformers_import([loader, *classes]),
+            "",
+            f"model = {loader}.from_pretrained({place.arguments})",
+            *load_processors,
+        ]
+    )
+
+
+# ---- merges
+
+
+def _recipe(artifact: Artifact) -> dict[str, Any]:
+    """The recipe in the folder; empty if there is none."""
+    try:
+        recipe = yaml.safe_load(artifact.read_text(MERGE_RECIPE) or "{}")
+    except yaml.YAMLError as error:
+        raise ValueError(f"{artifact.folder / MERGE_RECIPE} must be YAML, but: {error}.") from error
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{artifact.folder / MERGE_RECIPE} must hold a mapping, but holds a {type(recipe).__name__}.")
+    return recipe
+
+
+def _parents(recipe: Mapping[str, Any], report: Mapping[str, Any], lookup: Lookup) -> Iterator[Parent]:
+    """The base and the models, each once."""
+    weights: dict[str, str] = {}
+    if base := recipe.get("base_model"):
+        weights[str(base)] = "base"
+    for entry in recipe.get("models") or []:
+        settings = (recipe.get("parameters") or {}) | (entry.get("parameters") or {})
+        weights.setdefault(str(entry["model"]), code(settings["weight"]) if "weight" in settings else "default")
+    inputs = {entry["model"]: entry for entry in report.get("inputs") or []}
+    for reference, weight in weights.items():
+        entry = inputs.get(reference, {})
+        name, revision = _split(reference)
+        origin = trace(name, entry.get("commit") or revision, lookup)
+        yield Parent(reference, weight, origin, entry.get("files") or {})
+
+
+def _split(reference: str) -> tuple[str, str | None]:
+    """A folder, or a repository as `name` or `name@revision`."""
+    name, _, revision = reference.partition("@")
+    return (reference, None) if Path(reference).expanduser().exists() else (name, revision or None)
+
+
+def _row(parent: Parent) -> dict[str, str]:
+    origin = parent.origin
+    return {
+        "model": origin.page if origin.id else f"{origin.page} ({origin.note})",
+        "identity": code(origin.revision) if origin.revision else _digests(parent.files),
+        "weight": parent.weight,
+        "license": f"`{origin.terms}`" if origin.terms else "unknown",
+    }
+
+
+def _digests(files: Mapping[str, Mapping[str, Any]]) -> str:
+    digests = [str(described["sha256"]) for described in files.values() if described.get("sha256")]
+    if not digests:
+        return "unknown"
+    more = f"<br>and {len(digests) - _SHOWN_FILES} more in `{MERGE_REPORT}`" if len(digests) > _SHOWN_FILES else ""
+    return "<br>".join(f"`{digest}`" for digest in digests[:_SHOWN_FILES]) + more
+
+
+def _method(name: str) -> str:
+    methods = merging.METHODS
+    return about(methods[name]) if name in methods else f"The method is `{name}`."
+
+
+def _replay(parents: list[Parent]) -> str:
+    absent = [f"`{parent.origin.label}`" for parent in parents if parent.origin.id is None]
+    run = f"`hf-modular merge {MERGE_RECIPE} OUTPUT` makes the same weights again, bit for bit"
+    if absent:
+        return f"{run}, for who has {', '.join(absent)} and puts the paths into the recipe."
+    unpinned = any(parent.origin.revision is None for parent in parents)
+    return f"{run}{', as long as the models on the Hub are not changed' if unpinned else ''}."
+
+
+def _cost(report: Mapping[str, Any]) -> str | None:
+    if not {"seconds", "peak_memory", "device"} <= report.keys():
+        return None
+    versions = ", ".join(f"{name} {version}" for name, version in (report.get("versions") or {}).items())
+    memory = f"{report['peak_memory'] / 1e9:.1f} GB of memory"
+    by = f" by {versions}" if versions else ""
+    return f"Merged in {report['seconds']:.1f} s with {memory} on `{report['device']}`{by}."
+
+
+def _public(
+    artifact: Artifact, recipe: dict[str, Any], report: dict[str, Any], parents: list[Parent]
+) -> dict[str, str]:
+    """Recipe and report with what can be told in the place of paths on this machine."""
+    told = {parent.reference: _reference(parent.origin) for parent in parents}
+    if all(_split(parent.reference)[0] == parent.origin.id for parent in parents):
+        return {}
+    public = {MERGE_RECIPE: yaml.safe_dump(_replaced(recipe, told), sort_keys=False, allow_unicode=True)}
+    return public | ({MERGE_REPORT: dump(_replaced(report, told))} if MERGE_REPORT in artifact.files else {})
+
+
+def _reference(origin: Origin) -> str:
+    if origin.id is None:
+        return f"path/to/{origin.label}"
+    return f"{origin.id}@{origin.revision}" if origin.revision else origin.id
+
+
+def _replaced(value: Any, told: Mapping[str, str]) -> Any:
+    """A copy with every string in it replaced; paths inside longer texts too."""
+    if isinstance(value, dict):
+        return {_replaced(key, told): _replaced(item, told) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_replaced(item, told) for item in value]
+    if not isinstance(value, str) or value in told:
+        return told.get(value, value) if isinstance(value, str) else value
+    for path in sorted(filter(lambda name: "/" in name, told), key=len, reverse=True):
+        value = value.replace(path, told[path])
+    return value
