@@ -1,0 +1,211 @@
+"""Merging a 0.55B Llama and three fine-tunes, beside mergekit and the file system's own speed.
+
+    make peers                                             # mergekit in an environment of its own
+    python benchmarks/make_models.py /dev/shm/merge-bench
+    python benchmarks/merge.py /dev/shm/merge-bench
+
+Whole processes, imports included, interleaved over several rounds: a method's ratio is the median over the rounds of
+mergekit's figure by ours in the same round. The floor reads every input byte once and writes every output byte once,
+in two threads. `wrong` is the share of output elements that are not the correctly rounded result, on one tensor.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+PEER = HERE.parent / ".peers" / "mergekit" / "bin" / "mergekit-yaml"
+PARAMETERS = {
+    "linear": {"normalize": True},
+    "task_arithmetic": {"normalize": False},
+    "dare_linear": {"normalize": False},
+    "ties": {"normalize": True},
+}
+MODEL_PARAMETERS = {
+    "linear": {"weight": 0.5},
+    "task_arithmetic": {"weight": 0.3},
+    "dare_linear": {"weight": 0.3, "density": 0.1},
+    "ties": {"weight": 0.5, "density": 0.2},
+}
+
+
+def recipe(method: str, folder: Path) -> str:
+    """A recipe that both programs read."""
+    models = [
+        {"model": str(folder / f"model{i}"), "parameters": MODEL_PARAMETERS[method]}
+        for i in range(1, 1 + len(list(folder.glob("model[0-9]"))))
+    ]
+    whole = {"merge_method": method, "models": models, "parameters": PARAMETERS[method], "dtype": "bfloat16"}
+    if method != "linear":
+        whole["base_model"] = str(folder / "base")
+    return json.dumps(whole)  # JSON is YAML
+
+
+def run(command: list[str], log: Path) -> dict[str, float]:
+    """Wall and CPU seconds and peak resident memory of one process and what it starts."""
+    start = time.perf_counter()
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+        _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-2000:]}")
+    return {
+        "wall": time.perf_counter() - start,
+        "cpu": usage.ru_utime + usage.ru_stime,
+        "peak": usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e6,
+    }
+
+
+def floor(folder: Path, method: str, output: Path) -> float:
+    """Seconds to read every input byte and to write every output byte, in two threads."""
+    names = [f"model{i}" for i in range(1, 4)] + ([] if method == "linear" else ["base"])
+    inputs = [file for name in names for file in sorted((folder / name).glob("*.safetensors"))]
+    outputs = sorted((folder / "model1").glob("*.safetensors"))
+    output.mkdir(exist_ok=True)
+    buffer = memoryview(bytearray(1 << 24))
+
+    def read(path: Path) -> None:
+        mine = bytearray(1 << 24)
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(mine):
+                pass
+
+    def write(path: Path) -> None:
+        left = path.stat().st_size
+        with (output / path.name).open("wb", buffering=0) as file:
+            while left > 0:
+                left -= file.write(buffer[: min(left, len(buffer))])
+
+    start = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, inputs))
+        list(pool.map(write, outputs))
+    seconds = time.perf_counter() - start
+    shutil.rmtree(output)
+    return seconds
+
+
+def wrong_share(folder: Path, output: Path, method: str) -> float | None:
+    """The share of one tensor's elements that are not the correctly rounded result; None for a random method."""
+    import torch
+    from safetensors import safe_open
+
+    if method not in ("linear", "task_arithmetic"):
+        return None
+    name = "model.layers.0.mlp.down_proj.weight"
+
+    def load(where: Path) -> torch.Tensor:
+        files = json.loads((where / "model.safetensors.index.json").read_text())["weight_map"]
+        with safe_open(where / files[name], "pt") as file:
+            return file.get_tensor(name)
+
+    models = [load(folder / f"model{i}").double() for i in range(1, 4)]
+    weight = MODEL_PARAMETERS[method]["weight"]
+    if method == "linear":
+        exact = sum(models) / 3
+    else:
+        base = load(folder / "base").double()
+        exact = base + weight * sum(m - base for m in models)
+    return float((load(output) != exact.to(torch.bfloat16)).double().mean())
+
+
+def measure(options: argparse.Namespace) -> list[dict]:
+    work = options.folder / "work"
+    work.mkdir(exist_ok=True)
+    rows = []
+    for method in options.methods:
+        path = work / f"{method}.yaml"
+        path.write_text(recipe(method, options.folder))
+        rounds = []
+        for _ in range(options.rounds):
+            figures = {"floor": {"wall": floor(options.folder, method, work / "floor")}}
+            for who, command in programs(path, work).items():
+                shutil.rmtree(work / who, ignore_errors=True)
+                figures[who] = run(command, work / f"{who}.log")
+                figures[who]["wrong"] = wrong_share(options.folder, work / who, method)
+            figures["ours"]["engine"] = json.loads((work / "ours" / "merge_report.json").read_text())["seconds"]
+            rounds.append(figures)
+        rows.append({"method": method, "rounds": rounds, **summary(rounds)})
+    shutil.rmtree(work)
+    return rows
+
+
+def programs(path: Path, work: Path) -> dict[str, list[str]]:
+    ours = [sys.executable, "-m", "hf_modular.cli", "merge", str(path), str(work / "ours"), "--seed", "0", "--quiet"]
+    found = {"ours": ours}
+    if PEER.exists():
+        found["mergekit"] = [str(PEER), str(path), str(work / "mergekit"), "--random-seed", "0", "--quiet"]
+    return found
+
+
+def summary(rounds: list[dict]) -> dict:
+    def median(who: str, key: str) -> float | None:
+        values = [r[who][key] for r in rounds if who in r and r[who].get(key) is not None]
+        return statistics.median(values) if values else None
+
+    def ratio(over: tuple[str, str], under: tuple[str, str]) -> float | None:
+        values = [r[over[0]][over[1]] / r[under[0]][under[1]] for r in rounds if over[0] in r]
+        return statistics.median(values) if values else None
+
+    figures = {
+        f"{who}_{key}": median(who, key) for who in ("ours", "mergekit") for key in ("wall", "cpu", "peak", "wrong")
+    }
+    return figures | {
+        "floor": median("floor", "wall"),
+        "engine": median("ours", "engine"),
+        "faster": ratio(("mergekit", "wall"), ("ours", "wall")),
+        "engine_faster": ratio(("mergekit", "wall"), ("ours", "engine")),
+        "engine_by_floor": ratio(("ours", "engine"), ("floor", "wall")),
+    }
+
+
+COLUMNS = {
+    "ours_wall": "s",
+    "engine": "engine s",
+    "mergekit_wall": "mergekit s",
+    "faster": "times faster",
+    "engine_faster": "engine times faster",
+    "engine_by_floor": "engine / floor",
+    "ours_peak": "MB",
+    "mergekit_peak": "mergekit MB",
+    "ours_wrong": "wrong",
+    "mergekit_wrong": "mergekit wrong",
+}
+
+
+def table(rows: list[dict]) -> str:
+    head = f"| method | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}"
+    lines = [f"| {row['method']} | {' | '.join(cell(key, row[key]) for key in COLUMNS)} |" for row in rows]
+    return "\n".join([head, *lines])
+
+
+def cell(key: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if key.endswith("wrong") else f"{value:.0f}" if key.endswith("peak") else f"{value:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--methods", type=lambda s: s.split(","), default=list(PARAMETERS))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    rows = measure(options)
+    options.output.mkdir(exist_ok=True, parents=True)
+    (options.output / "merge.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (options.output / "merge.md").write_text(table(rows) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
