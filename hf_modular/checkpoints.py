@@ -207,6 +207,11 @@ class CheckpointWriter:
         if self._running.is_locked:
             self._abandon()
 
+    @property
+    def files(self) -> list[Path]:
+        """The files of weights, where they are until `commit`."""
+        return [self.staging / file for file in self._shards]
+
     def write(self, name: str, data: Tensor, start: int = 0) -> None:
         """Write elements of a tensor, the first of them at flat index `start`."""
         descriptor, place, tensor = self._places[name]

@@ -1,17 +1,17 @@
 """Merging state dicts that are in memory."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_modular.merging._method import MergeMethod, Stack
-from hf_modular.merging._pieces import Piece, PieceStacks, cut
-from hf_modular.merging._preflight import check_finite, disagreements, refuse, unmergeable
+from hf_modular.merging._engine import Engine
+from hf_modular.merging._method import MergeMethod
+from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
+from hf_modular.merging._settings import Resolved
+from hf_modular.merging._workers import Workers
 
 StateDict = Mapping[str, Tensor]
 
@@ -27,118 +27,98 @@ def merge_state_dicts(
     """Merge state dicts in memory.
 
     Args:
-        base: What the models were fine-tuned from. None for a method that needs no base, such as
-        `LinearConfig`. models: The state dicts to merge, with the same names and shapes. config: The method
-        and its settings. weights: The weight of each model; 1 each by default. seed: For methods that draw
-        random numbers. The same seed gives the same bits.
+        base: What the models were fine-tuned from. None for a method that needs no base, such as `LinearConfig`.
+        models: The state dicts to merge, with the same names and shapes.
+        config: The method and its settings.
+        weights: The weight of each model; 1 each by default.
+        seed: For methods that draw random numbers. The same seed gives the same bits.
 
     Returns:
-        A new state dict in the dtypes of the base (of the first model if there is none). Arithmetic is in
-        fp32 (fp64 where an input is), rounded once. Tensors that hold no floating-point numbers are the
-        base's.
+        A new state dict in the dtypes of the base (of the first model if there is none). Arithmetic is in fp32 (fp64
+        where an input is), rounded once. Tensors that hold no floating-point numbers are the base's.
     """
-    source = _InMemory(config, base, list(models), _checked_weights(weights, len(models)), seed)
-    refuse(source.problems())
-    with one_thread(), torch.no_grad():
-        survey = source.survey(source.names) if config.survey_scope == "model" else None
-        merged = {name: source.merged(name, survey) for name in source.names}
-    return {name: merged[source.tied.get(name, name)] for name in source.reference}
+    refuse(_call_problems(base, models, config, weights))
+    inputs = [_InMemory(f"model {i}", model) for i, model in enumerate(models)]
+    reference = inputs[0] if base is None else _InMemory("the base", base)
+    engine = _engine(reference, None if base is None else reference, inputs, config, weights, seed)
+    refuse(_tensor_problems(engine, reference, inputs))
+    merged = _Merged({name: torch.empty_like(reference.tensors[name]) for name in engine.plan})
+    with Workers(None) as pool:
+        engine.run(merged, pool, progress=lambda done: None)
+    for note in engine.notes:
+        warnings.warn(note, stacklevel=2)
+    tied = _tied(reference, inputs)
+    return {name: merged.tensors[tied.get(name, name)] for name in reference.tensors}
 
 
 @dataclass(frozen=True, eq=False)
 class _InMemory:
-    """The stacks of state dicts in memory."""
+    """A state dict as the engine reads it."""
 
-    config: MergeMethod
-    base: StateDict | None
-    models: list[StateDict]
-    weights: tuple[float, ...]
-    seed: int
+    reference: str
+    tensors: StateDict
 
-    @property
-    def reference(self) -> StateDict:
-        return self.models[0] if self.base is None else self.base
-
-    @property
-    def tied(self) -> dict[str, str]:
-        """Names that share their memory with an earlier name, in every state dict; merged once, as they were."""
-        first = [_first_names(model) for model in (self.reference, *self.models)]
-        return {name: other for name, other in first[0].items() if all(f.get(name) == other for f in first)}
-
-    @property
-    def names(self) -> list[str]:
-        tied = self.tied
-        return [name for name in self.reference if name not in tied]
-
-    def problems(self) -> Iterator[str]:
-        if self.config.base_model == "required" and self.base is None:
-            yield f"{self.config.name} needs a base, but got base=None"
-        labelled = {f"model {i}": model for i, model in enumerate(self.models)}
-        yield from disagreements(self.reference, labelled)
-        for label, tensors in {"the base": self.reference, **labelled}.items():
-            yield from unmergeable(tensors, label)
-
-    def survey(self, names: Sequence[str]) -> Any:
-        sizes = {name: self.reference[name].numel() for name in names if self.reference[name].is_floating_point()}
-        return self.config.survey(PieceStacks(cut(sizes, elementwise=self.config.elementwise), self.stack))
-
-    def stack(self, piece: Piece) -> Stack:
-        own = self.reference[piece.name]
-        tensors = [_part(model[piece.name].to(own.device), piece) for model in self.models]
-        dtype = arithmetic_dtype([own.dtype, *(tensor.dtype for tensor in tensors)])
-        models = torch.stack([tensor.to(dtype) for tensor in tensors])
-        return Stack(
-            name=piece.name,
-            base=models[0] if self.base is None else _part(own, piece).to(dtype),
-            models=models,
-            weights=torch.tensor(self.weights, dtype=dtype),
-            has_base=self.base is not None,
-            offset=piece.start,
-            seed=self.seed,
-        )
-
-    def merged(self, name: str, survey: Any) -> Tensor:
-        own = self.reference[name]
-        if not own.is_floating_point():
-            return _carried_over(name, own, [model[name] for model in self.models])
-        if self.config.survey_scope == "tensor":
-            survey = self.survey([name])
-        stack = self.stack(Piece(name, 0, own.numel(), whole=True))
-        merged = self.config.merge(stack, survey).to(own.dtype)
-        check_finite(name, merged, ((f"model {i}", model[name]) for i, model in enumerate(self.models)))
-        return merged
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self.tensors[name].detach().reshape(-1)[start : start + out.numel()])
 
 
-def _part(tensor: Tensor, piece: Piece) -> Tensor:
-    return tensor if piece.whole else tensor.reshape(-1)[piece.start : piece.start + piece.size]
+@dataclass(frozen=True, eq=False)
+class _Merged:
+    """A state dict as the engine writes it."""
+
+    tensors: dict[str, Tensor]
+
+    def write(self, name: str, data: Tensor, start: int) -> None:
+        self.tensors[name].view(-1)[start : start + data.numel()] = data
 
 
-def arithmetic_dtype(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """fp32, or fp64 where an input is fp64."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
+def _engine(
+    reference: _InMemory,
+    base: _InMemory | None,
+    models: Sequence[_InMemory],
+    config: MergeMethod,
+    weights: Sequence[float] | None,
+    seed: int,
+) -> Engine:
+    tied = _tied(reference, models)
+    plan = {name: tensor for name, tensor in reference.tensors.items() if name not in tied}
+    resolved = Resolved(config, tuple(map(float, weights or [1.0] * len(models))), {})
+    device = next((tensor.device for tensor in plan.values()), torch.device("cpu"))
+    settings = dict.fromkeys(plan, resolved)
+    used = base if config.base_model != "unused" else None
+    return Engine(plan, settings, config, used, models, reference, seed, device)
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums that torch splits over threads depend on their number; a merge must not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _call_problems(
+    base: StateDict | None, models: Sequence[StateDict], config: MergeMethod, weights: Sequence[float] | None
+) -> list[str]:
+    low, high = config.model_counts
+    found = []
+    if not low <= len(models) <= high:
+        found.append(f"{config.name!r} merges from {low} to {high} models beside the base, but got {len(models)}")
+    if config.base_model == "required" and base is None:
+        found.append(f"{config.name!r} needs a base, but got base=None")
+    if weights is not None and len(weights) != len(models):
+        found.append(f"each of the {len(models)} models needs one weight, but got {weights=}")
+    return found
 
 
-def _carried_over(name: str, own: Tensor, others: Sequence[Tensor]) -> Tensor:
-    if not all(torch.equal(own, other.to(own.device)) for other in others):
-        warnings.warn(
-            f"{name} ({own.dtype}) differs between the models and cannot be merged: the base's is kept",
-            stacklevel=2,
-        )
-    return own.clone()
+def _tensor_problems(engine: Engine, reference: _InMemory, models: Sequence[_InMemory]) -> list[str]:
+    labelled = {model.reference: model.tensors for model in models}
+    unfit = [
+        unmergeable(tensors, label) for label, tensors in {reference.reference: reference.tensors, **labelled}.items()
+    ]
+    found = [*disagreements(reference.tensors, labelled), *(problem for problems in unfit for problem in problems)]
+    return [*found, *setting_problems(engine.settings, len(models))]
 
 
-def _first_names(model: StateDict) -> dict[str, str]:
+def _tied(reference: _InMemory, models: Sequence[_InMemory]) -> dict[str, str]:
+    """Names that share their memory with an earlier name, in every state dict: merged once, as they were."""
+    first, *others = (_earlier(model.tensors) for model in (reference, *models))
+    return {name: name_of for name, name_of in first.items() if all(other.get(name) == name_of for other in others)}
+
+
+def _earlier(model: StateDict) -> dict[str, str]:
     """For each name that shares memory and shape with an earlier one: that one."""
     first: dict[tuple[object, ...], str] = {}
     found = {}
@@ -147,13 +127,3 @@ def _first_names(model: StateDict) -> dict[str, str]:
         if (earlier := first.setdefault(place, name)) != name and tensor.numel():
             found[name] = earlier
     return found
-
-
-def _checked_weights(weights: Sequence[float] | None, n: int) -> tuple[float, ...]:
-    if n < 1:
-        raise ValueError(f"a merge needs at least one model, but got {n}")
-    if weights is None:
-        return (1.0,) * n
-    if len(weights) != n:
-        raise ValueError(f"each of the {n} models needs one weight, but got weights={list(weights)}")
-    return tuple(float(weight) for weight in weights)

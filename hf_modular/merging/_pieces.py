@@ -1,7 +1,8 @@
 """What is worked on at a time: a tensor, or a block of one."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 from hf_modular.merging._method import BLOCK, Stack
@@ -21,13 +22,17 @@ class Piece(NamedTuple):
     whole: bool = False
 
 
-def cut(sizes: Mapping[str, int], *, elementwise: bool, block: int = BLOCK) -> list[Piece]:
-    """All tensors in their order, in blocks where a method is elementwise."""
-    if not elementwise:
-        return [Piece(name, 0, size, whole=True) for name, size in sizes.items()]
-    return [
-        Piece(name, start, min(block, size - start)) for name, size in sizes.items() for start in range(0, size, block)
-    ]
+def cut(sizes: Mapping[str, int], *, whole: Container[str] = (), block: int = BLOCK) -> list[Piece]:
+    """All tensors in their order, in blocks unless they must be whole."""
+    pieces = (
+        [Piece(name, 0, size, whole=True)] if name in whole else _blocks(name, size, block)
+        for name, size in sizes.items()
+    )
+    return [*chain.from_iterable(pieces)]
+
+
+def _blocks(name: str, size: int, block: int) -> list[Piece]:
+    return [Piece(name, start, min(block, size - start)) for start in range(0, size, block)]
 
 
 @dataclass(frozen=True, eq=False)

@@ -113,7 +113,19 @@ class MergeRecipe(_Strict):
         """The recipe as a file that `load` reads."""
         import yaml
 
-        return yaml.safe_dump(self.model_dump(exclude_defaults=True), sort_keys=False, allow_unicode=True)
+        content = self.model_dump(exclude_defaults=True) | {"seed": self.seed}
+        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+    def renamed(self, names: Mapping[str, str]) -> Self:
+        """The same recipe with other references to the same models."""
+        models = [entry.model_copy(update={"model": names[entry.model]}) for entry in self.models]
+        changes: dict[str, Any] = {"models": models, "base_model": names.get(self.base_model or "", self.base_model)}
+        if self.tokenizer_source:
+            changes["tokenizer_source"] = names.get(self.tokenizer_source, self.tokenizer_source)
+        if self.tokenizer:
+            source = names.get(self.tokenizer.source, self.tokenizer.source)
+            changes["tokenizer"] = TokenizerChoice(source=source)
+        return self.model_copy(update=changes)
 
     @property
     def task_models(self) -> list[ModelEntry]:

@@ -1,0 +1,224 @@
+"""The engine: threads take blocks of tensors, each reading them from all models, merging, checking and writing them.
+
+Where the numbers come from and go to is somebody else's business. The arithmetic of an element depends on nothing but
+the inputs, the settings and the seed, so neither the number of threads nor the size of blocks changes a bit of it.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import islice
+from threading import Lock, local
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_modular.merging._method import BLOCK, MergeMethod, Stack
+from hf_modular.merging._pieces import Piece, PieceStacks, cut
+from hf_modular.merging._preflight import TensorLike, check_finite
+from hf_modular.merging._settings import Resolved
+from hf_modular.merging._workers import Budget, Workers
+
+_GROUP = 8  # blocks that a thread takes at a time
+_DEVICE_BLOCK = 1 << 23  # elements of a block on an accelerator, which small ones would leave waiting
+_WHOLE_TENSORS = 1 << 30  # bytes that whole tensors, for methods that need them, may take in all threads together
+
+
+class Inputs(Protocol):
+    """The tensors of one model."""
+
+    @property
+    def reference(self) -> str:
+        """What the model is called in messages."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, TensorLike]: ...
+
+    def fill(self, name: str, start: int, out: Tensor) -> None:
+        """Fill `out`, flat, with elements from flat index `start` on, in the dtype and on the device of `out`."""
+        ...
+
+
+class Output(Protocol):
+    """Where the merged tensors go; several threads write to it."""
+
+    def write(self, name: str, data: Tensor, start: int) -> None:
+        """Take elements of a tensor, flat, the first of them at flat index `start`."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Engine:
+    """One merge of some models.
+
+    Args:
+        plan: The dtype and shape of each tensor of the result, in order.
+        settings: The method and its settings for each tensor.
+        base: What the models were fine-tuned from, for methods that use one.
+        carrier: Gives the tensors that hold no floating-point numbers.
+    """
+
+    plan: Mapping[str, TensorLike]
+    settings: Mapping[str, Resolved]
+    method: MergeMethod
+    base: Inputs | None
+    models: Sequence[Inputs]
+    carrier: Inputs
+    seed: int
+    device: torch.device
+    block: int = BLOCK
+    notes: dict[str, None] = field(default_factory=dict)
+    _surveys: dict[str, Any] = field(default_factory=dict)
+    _locks: dict[str, Lock] = field(default_factory=dict)
+    _kept: local = field(default_factory=local)
+    _memory: Budget = field(default_factory=lambda: Budget(_WHOLE_TENSORS))
+
+    def run(self, output: Output, pool: Workers, progress: Callable[[int], object]) -> None:
+        """Merge everything; `progress` is told of bytes of the result as they are done."""
+        with one_thread(), torch.no_grad():
+            survey = self._survey_model(pool)
+            for done in pool.map(lambda group: self._work(group, survey, output), self._groups()):
+                progress(done)
+
+    def stack(self, piece: Piece) -> Stack:
+        """A piece of all models. The next stack of the same thread takes its place in memory if it is a block."""
+        sources = [*([self.base] if self.base else []), *self.models]
+        dtype = arithmetic_dtype([*(s.tensors[piece.name].dtype for s in sources), self.plan[piece.name].dtype])
+        numbers = self._buffer(len(sources), piece, dtype)
+        for row, source in zip(numbers, sources, strict=True):
+            source.fill(piece.name, piece.start, row)
+        shape = tuple(self.plan[piece.name].shape) if piece.whole else (piece.size,)
+        numbers = numbers.view(-1, *shape)
+        resolved = self.settings[piece.name]
+        return Stack(
+            name=piece.name,
+            base=numbers[0],
+            models=numbers[1:] if self.base else numbers,
+            weights=torch.tensor(resolved.weights, dtype=dtype),
+            has_base=self.base is not None,
+            offset=piece.start,
+            seed=self.seed,
+            settings=resolved.each,
+        )
+
+    @cached_property
+    def _sizes(self) -> dict[str, int]:
+        """The sizes of the tensors that are merged."""
+        return {name: _numel(like) for name, like in self.plan.items() if like.dtype.is_floating_point}
+
+    @cached_property
+    def _whole(self) -> set[str]:
+        """The tensors that a method needs in one piece."""
+        return {name for name in self._sizes if not self.settings[name].method.elementwise}
+
+    def _groups(self) -> Iterator[list[Piece]]:
+        """The pieces that a thread takes at a time; whole tensors from the largest on, so that none comes late."""
+        sizes = {name: _numel(like) for name, like in self.plan.items()}
+        block = self.block if self.device.type == "cpu" else _DEVICE_BLOCK
+        pieces = cut(sizes, whole=self._whole, block=block)
+        yield from ([piece] for piece in sorted(pieces, key=lambda piece: -piece.size) if piece.whole)
+        blocks = (piece for piece in pieces if not piece.whole)
+        while group := [*islice(blocks, _GROUP)]:
+            yield group
+
+    def _work(self, group: Sequence[Piece], survey: Any, output: Output) -> int:
+        """Merge pieces and write them; returns the bytes written."""
+        done = 0
+        for piece in group:
+            part = self._merged(piece, survey) if piece.name in self._sizes else self._copied(piece)
+            output.write(piece.name, part, piece.start)
+            done += part.nbytes
+        return done
+
+    def _merged(self, piece: Piece, survey: Any) -> Tensor:  # (size,)
+        method = self.settings[piece.name].method
+        if method.survey_scope == "tensor":
+            survey = self._survey_tensor(piece.name, method)
+        with self._room(piece):
+            stack = self.stack(piece)
+            merged = method.merge(stack, survey)
+            if merged.shape != stack.base.shape:
+                raise ValueError(
+                    f"{method.name!r} must keep the shape of {piece.name}, {tuple(stack.base.shape)}, "
+                    f"but made it {tuple(merged.shape)}"
+                )
+            merged = merged.to(self.plan[piece.name].dtype)
+            check_finite(piece.name, merged, self._labelled(stack))
+            return merged.reshape(-1).cpu()
+
+    def _copied(self, piece: Piece) -> Tensor:  # (size,)
+        """What holds no floating-point numbers is the base's; a difference is noted."""
+        dtype = self.plan[piece.name].dtype
+        own, other = torch.empty(2, piece.size, dtype=dtype)
+        self.carrier.fill(piece.name, piece.start, own)
+        for model in self.models:
+            model.fill(piece.name, piece.start, other)
+            if not torch.equal(own, other):
+                note = f"{piece.name} ({dtype}) differs between the models and cannot be merged"
+                self.notes[f"{note}: that of {self.carrier.reference} is kept"] = None
+        return own
+
+    def _labelled(self, stack: Stack) -> Iterator[tuple[str, Tensor]]:
+        if self.base:
+            yield self.base.reference, stack.base
+        yield from zip((model.reference for model in self.models), stack.models, strict=True)
+
+    def _survey_model(self, pool: Workers) -> Any:
+        if self.method.survey_scope == "tensor":
+            return None
+        method = self.settings[next(iter(self._sizes))].method if self._sizes else self.method
+        return method.survey(PieceStacks(self._survey_cut(self._sizes), self.stack, pool.map))
+
+    def _survey_tensor(self, name: str, method: MergeMethod) -> Any:
+        """Made by the first thread that needs it, while others that need the same wait."""
+        with self._locks.setdefault(name, Lock()):
+            if name not in self._surveys:
+                pieces = self._survey_cut({name: self._sizes[name]})
+                self._surveys[name] = method.survey(PieceStacks(pieces, self.stack))
+            return self._surveys[name]
+
+    def _survey_cut(self, sizes: Mapping[str, int]) -> list[Piece]:
+        """Blocks of the same size in every run: what a survey sums up would otherwise be rounded differently."""
+        return cut(sizes, whole=self._whole, block=BLOCK)
+
+    @contextmanager
+    def _room(self, piece: Piece) -> Iterator[None]:
+        """A whole tensor waits for memory: its stack, and about as much again for the method to work in."""
+        if not piece.whole:
+            yield
+            return
+        with self._memory.take(2 * (len(self.models) + 2) * piece.size * torch.float32.itemsize):
+            yield
+
+    def _buffer(self, rows: int, piece: Piece, dtype: torch.dtype) -> Tensor:  # (rows, size)
+        need = rows * piece.size
+        if piece.whole:
+            return torch.empty(rows, piece.size, dtype=dtype, device=self.device)
+        kept = self._kept.__dict__  # this thread's
+        if str(dtype) not in kept or kept[str(dtype)].numel() < need:
+            kept[str(dtype)] = torch.empty(need, dtype=dtype, device=self.device)
+        return kept[str(dtype)][:need].view(rows, piece.size)
+
+
+def arithmetic_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """fp32, or fp64 where a tensor is fp64."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums that torch splits over its own threads depend on their number, so each of ours gets only one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _numel(tensor: TensorLike) -> int:
+    return math.prod(tensor.shape)

@@ -1,0 +1,81 @@
+"""What a merge did: saved beside its result, to be read by people, cards and later checks."""
+
+import json
+import platform
+import resource
+import sys
+from dataclasses import asdict, dataclass, field
+from hashlib import file_digest
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Self
+
+REPORT = "merge_report.json"
+RECIPE = "merge_recipe.yaml"
+
+
+@dataclass(frozen=True)
+class MergeReport:
+    """What a merge did.
+
+    Args:
+        merge_method: The method's name.
+        recipe: What was merged and how, with the commits of repositories that were read.
+        seed: The seed of the run.
+        inputs: Each model and the `files` that hold its weights: their size and, unless turned off, SHA-256.
+        outputs: The files of the result in the same way.
+        tensors: How many tensors were written.
+        parameters: How many numbers they hold.
+        bytes_written: What the result's tensors take.
+        seconds: How long it took.
+        peak_memory: The most memory, in bytes, that the process held at any time.
+        workers: How many threads worked. The result does not depend on it.
+        device: Where the arithmetic was done.
+        notes: What was decided and may surprise.
+        versions: Of the software that the result may depend on.
+    """
+
+    merge_method: str
+    recipe: dict[str, Any]
+    seed: int
+    inputs: list[dict[str, Any]]
+    outputs: dict[str, dict[str, Any]]
+    tensors: int
+    parameters: int
+    bytes_written: int
+    seconds: float
+    peak_memory: int
+    workers: int
+    device: str
+    notes: list[str]
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+
+    def save(self, folder: str | Path) -> None:
+        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
+        (Path(folder) / REPORT).write_text(text + "\n", "utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        return cls(**json.loads((Path(folder) / REPORT).read_text("utf-8")))
+
+
+def describe(path: Path, *, hashes: bool) -> dict[str, Any]:
+    """A file's size and, if wanted, its hash."""
+    found: dict[str, Any] = {"bytes": path.stat().st_size}
+    return found | {"sha256": sha256(path)} if hashes else found
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return file_digest(stream, "sha256").hexdigest()
+
+
+def peak_memory() -> int:
+    """The largest resident size of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _versions() -> dict[str, str]:
+    packages = {name: version(name) for name in ("hf_modular", "torch", "numpy")}
+    return {**packages, "python": platform.python_version()}

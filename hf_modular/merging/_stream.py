@@ -1,0 +1,250 @@
+"""Merging checkpoints that need not fit in memory, from folders and repositories into a folder.
+
+Everything that can be wrong is looked for in headers and settings before a weight is read, and reported together.
+"""
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from shutil import disk_usage
+
+import torch
+
+from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
+from hf_modular.merging._engine import Engine
+from hf_modular.merging._method import MergeMethod
+from hf_modular.merging._names import Names, agree
+from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
+from hf_modular.merging._recipe import MergeRecipe
+from hf_modular.merging._report import RECIPE, MergeReport, describe, peak_memory
+from hf_modular.merging._settings import depths
+from hf_modular.merging._settings_files import config_changes, copy_settings
+from hf_modular.merging._sources import Source, open_source
+from hf_modular.merging._workers import Workers
+
+_MARGIN = 1 << 24  # bytes of disk space for everything but weights
+
+
+def merge(
+    recipe: str | Path | Mapping[str, object] | MergeRecipe,
+    output_dir: str | Path,
+    *,
+    seed: int | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    progress: bool = True,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+    hashes: bool = True,
+) -> MergeReport:
+    """Merge checkpoints into a folder that transformers loads.
+
+    Args:
+        recipe: A recipe file, or what it would hold.
+        output_dir: A folder that is absent or empty. Until the merge is complete there is no checkpoint in it.
+        seed: For methods that draw random numbers; the recipe's by default.
+        device: Where the arithmetic is done: "cpu", "cuda", "cuda:1", ...
+        workers: How many threads work; as many as there are cores by default. The result is the same.
+        progress: Show a progress bar on a terminal.
+        overwrite: Replace a checkpoint that is in the folder. Other files in it stay.
+        max_shard_size: The largest file of weights, such as "5GB".
+        hashes: Note the SHA-256 of all files of weights in the report.
+
+    Returns:
+        What was done. It is saved in the folder as `merge_report.json`, beside `merge_recipe.yaml`, which gives the
+        same result bit for bit.
+    """
+    started = time.perf_counter()
+    recipe = MergeRecipe.load(recipe)
+    if seed is not None:
+        recipe = MergeRecipe.load(recipe.model_dump(exclude_unset=True) | {"seed": seed})
+    with ExitStack() as stack:
+        job = _Job(recipe, _opened(recipe, stack), _device(device))
+        refuse(job.problems(Path(output_dir), overwrite=overwrite))
+        pool = stack.enter_context(Workers(workers))
+        writer = stack.enter_context(
+            CheckpointWriter(output_dir, job.plan, max_shard_size=max_shard_size, overwrite=overwrite)
+        )
+        job.run(writer, pool, progress=progress)
+        job.add_settings(writer.staging)
+        report = job.report(writer.files, pool, hashes=hashes, started=started)
+        report.save(writer.staging)
+        writer.commit()
+    for note in report.notes:
+        warnings.warn(note, stacklevel=2)
+    return report
+
+
+@dataclass(frozen=True, eq=False)
+class _Job:
+    """A recipe and its open models."""
+
+    recipe: MergeRecipe
+    sources: Mapping[str, Source]
+    device: torch.device
+
+    @cached_property
+    def reference(self) -> Source:
+        return self.sources[self.recipe.reference_model]
+
+    @cached_property
+    def models(self) -> list[Source]:
+        return [self.sources[entry.model] for entry in self.recipe.task_models]
+
+    @cached_property
+    def names(self) -> Names:
+        return agree(self.reference, self.models)
+
+    @cached_property
+    def inputs(self) -> dict[str, TensorInfo]:
+        """The tensors of the reference model."""
+        tensors = self.reference.tensors
+        return {name: tensors[name] for name in self.names.names}
+
+    @cached_property
+    def plan(self) -> dict[str, TensorInfo]:
+        """The tensors of the result."""
+        dtype = getattr(torch, self.recipe.result_dtype) if self.recipe.result_dtype else None
+        return {
+            name: TensorInfo(dtype or tensor.dtype, tensor.shape) if tensor.dtype.is_floating_point else tensor
+            for name, tensor in self.inputs.items()
+        }
+
+    @cached_property
+    def engine(self) -> Engine:
+        method = self.recipe.method
+        uses_base = method.base_model != "unused" and self.recipe.base_model is not None
+        return Engine(
+            plan=self.plan,
+            settings={name: self.recipe.settings.at(name, depth) for name, depth in depths(self.plan).items()},
+            method=method,
+            base=self.reference if uses_base else None,
+            models=self.models,
+            carrier=self.reference,
+            seed=self.recipe.seed,
+            device=self.device,
+        )
+
+    def problems(self, output: Path, *, overwrite: bool) -> Iterator[str]:
+        """All that can be known to be wrong before a weight is read."""
+        yield from _output_problems(output, self.sources.values(), overwrite=overwrite)
+        yield from _space_problems(output, sum(tensor.nbytes for tensor in self.plan.values()))
+        yield from _device_problems(self.device)
+        yield from _config_problems([self.reference, *self.models])
+        yield from disagreements(self.inputs, {model.reference: model.tensors for model in self.models})
+        for source in self.sources.values():
+            yield from unmergeable(source.tensors, source.reference)
+        if self.recipe.settings.vary and _surveys_model(self.recipe.method):
+            yield f"{self.recipe.merge_method!r} looks at the whole model: its settings must be alike for all tensors"
+        else:
+            yield from setting_problems(self.engine.settings, len(self.models))
+
+    def run(self, writer: CheckpointWriter, pool: Workers, *, progress: bool) -> None:
+        from huggingface_hub.utils.tqdm import tqdm
+
+        total = sum(tensor.nbytes for tensor in self.plan.values())
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=None if progress else True) as bar:
+            self.engine.run(writer, pool, bar.update)
+
+    def add_settings(self, folder: Path) -> None:
+        """Write what the model needs beside its weights, and the recipe with the commits that were read."""
+        recipe = self.recipe
+        changes = config_changes(self.reference.config, recipe.result_dtype, untied=self.names.untied)
+        tokenizer = self.sources[recipe.tokenizer_model].folder
+        copy_settings(self.reference.folder, tokenizer, folder, changes, recipe.chat_template)
+        (folder / RECIPE).write_text(self.pinned.to_yaml(), "utf-8")
+
+    @cached_property
+    def pinned(self) -> MergeRecipe:
+        return self.recipe.renamed({reference: source.pinned for reference, source in self.sources.items()})
+
+    def report(self, weights: Sequence[Path], pool: Workers, *, hashes: bool, started: float) -> MergeReport:
+        """What was done; `weights` are the files of the result."""
+        files = [*dict.fromkeys(file for source in self.sources.values() for file in source.weights.files), *weights]
+        described = dict(zip(files, pool.map(partial(describe, hashes=hashes), files), strict=True))
+        inputs = [
+            {"model": source.pinned, "files": {file.name: described[file] for file in source.weights.files}}
+            for source in self.sources.values()
+        ]
+        return MergeReport(
+            merge_method=self.recipe.method.name,
+            recipe=self.pinned.model_dump(exclude_defaults=True),
+            seed=self.recipe.seed,
+            inputs=inputs,
+            outputs={file.name: described[file] for file in weights},
+            tensors=len(self.plan),
+            parameters=sum(tensor.numel for tensor in self.plan.values()),
+            bytes_written=sum(tensor.nbytes for tensor in self.plan.values()),
+            seconds=time.perf_counter() - started,
+            peak_memory=peak_memory(),
+            workers=pool.count,
+            device=str(self.device),
+            notes=[*self.names.notes, *self.engine.notes, *_code_notes(self.reference)],
+        )
+
+
+def _opened(recipe: MergeRecipe, stack: ExitStack) -> dict[str, Source]:
+    """All models of the recipe; what is wrong with any of them is reported together."""
+    sources: dict[str, Source] = {}
+    problems: list[Exception] = []
+    for reference in dict.fromkeys([recipe.reference_model, *(entry.model for entry in recipe.models)]):
+        try:
+            sources[reference] = open_source(reference)
+            stack.callback(sources[reference].weights.close)
+        except (ValueError, FileNotFoundError) as error:
+            problems.append(error)
+    if len(problems) == 1:
+        raise problems[0]
+    refuse(str(problem) for problem in problems)
+    return sources
+
+
+def _device(name: str) -> torch.device:
+    try:
+        return torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"`device` must be such as 'cpu' or 'cuda', but got {name!r}: {error}") from None
+
+
+def _surveys_model(method: MergeMethod) -> bool:
+    return method.survey_scope == "model" and type(method).survey is not MergeMethod.survey
+
+
+def _output_problems(output: Path, sources: Iterable[Source], *, overwrite: bool) -> Iterator[str]:
+    try:
+        refuse_occupied(output, overwrite=overwrite)
+    except ValueError as error:
+        yield str(error)
+    if any(output.resolve() == source.folder.resolve() for source in sources):
+        yield f"the output folder must not be one of the models, but is {output}"
+
+
+def _space_problems(output: Path, need: int) -> Iterator[str]:
+    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if (free := disk_usage(there).free) < need + _MARGIN:
+        yield f"the result takes {need:,} bytes, but {there} has only {free:,} free"
+
+
+def _device_problems(device: torch.device) -> Iterator[str]:
+    if device.type == "cuda" and not torch.cuda.is_available():
+        yield f"device {str(device)!r} was asked for, but torch finds no CUDA device here"
+
+
+def _config_problems(sources: Sequence[Source]) -> Iterator[str]:
+    kinds = {source.reference: source.config.get("model_type") for source in sources if source.config}
+    if len(set(kinds.values())) > 1:
+        yield f"all models must be of one architecture, but their `model_type` are {kinds}"
+    for source in sources:
+        if quantization := source.config.get("quantization_config"):
+            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
+            yield f"{source.reference} is quantised ({method}) and cannot be merged: dequantise it first"
+
+
+def _code_notes(source: Source) -> list[str]:
+    if "auto_map" not in source.config:
+        return []
+    return [f"the config of {source.reference} refers to Python files (`auto_map`), which are not copied"]
