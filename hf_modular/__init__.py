@@ -11,7 +11,7 @@ from hf_modular import _after_peft
 from hf_modular._version import __version__
 
 if TYPE_CHECKING:
-    from hf_modular.adapters import HUTConfig, SSFConfig
+    from hf_modular.adapters import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
     from hf_modular.hub import push_to_hub
     from hf_modular.merging import (
         DAREConfig,
@@ -24,30 +24,38 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "CompacterConfig": "adapters",
     "DAREConfig": "merging",
+    "FLoRAConfig": "adapters",
     "HUTConfig": "adapters",
     "LinearConfig": "merging",
     "MergeRecipe": "merging",
     "MergeReport": "merging",
+    "MoSConfig": "adapters",
     "SSFConfig": "adapters",
     "TaskArithmeticConfig": "merging",
     "merge": "merging",
     "merge_state_dicts": "merging",
     "push_to_hub": "hub",
+    "to_lora": "adapters",
 }
 
 __all__ = [
+    "CompacterConfig",
     "DAREConfig",
+    "FLoRAConfig",
     "HUTConfig",
     "LinearConfig",
     "MergeRecipe",
     "MergeReport",
+    "MoSConfig",
     "SSFConfig",
     "TaskArithmeticConfig",
     "__version__",
     "merge",
     "merge_state_dicts",
     "push_to_hub",
+    "to_lora",
 ]
 
 

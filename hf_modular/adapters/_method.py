@@ -6,10 +6,10 @@ Everything else (several adapters, mixed batches, merging, dtypes, saving) is do
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from hf_modular.adapters._readme import add_loading_note
 
 FORMAT_VERSION = 1
 
+Value = TypeVar("Value")
 Convolve = Callable[[Tensor, Tensor], Tensor]  # (x, weight) -> y
 
 
@@ -118,18 +119,44 @@ class AdapterConfig(PeftConfig):
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform` to be given, but it is None.")
 
+    def targets_for(self, model_type: str | None) -> list[str] | str | None:
+        """What to adapt in a model of this type if `target_modules` is not given; None for what is usual for LoRA."""
+        return (self.default_targets or {}).get(str(model_type))
+
+    def modules_to_train(self, model: nn.Module) -> list[str]:
+        """What these settings put into `modules_to_save` beside what the user has put there."""
+        return []
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and say in the folder's README what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
         add_loading_note(Path(save_directory), str(self.type_name), self.base_model_name_or_path)
 
 
-def pattern_value(patterns: dict[str, int], name: str, default: int) -> int:
+def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> Value:
     """The value that `rank_pattern` gives to the layer `name`; the keys are names or regular expressions."""
     for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", name):
             return value
     return default
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """The norms of a model, as `modules_to_save` names them: the last parts of their names if those say enough."""
+    norms = {_original(name) for name, module in model.named_modules() if _is_norm(module)}
+    ends = {name.rpartition(".")[2] for name in norms}
+    named = {_original(name) for name, _ in model.named_modules() if name.endswith(tuple(ends))}
+    return sorted(ends if named == norms else norms)
+
+
+def _original(name: str) -> str:
+    """The module's name in the model as it was before another adapter made a copy of it to train."""
+    return re.sub(r"\.(original_module|modules_to_save\..*)$", "", name)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1
 
 
 def require_between(name: str, value: float, low: float, high: float, *, open_high: bool = False) -> None:
@@ -148,6 +175,12 @@ def require_rank(name: str, value: object) -> None:
     """Refuse a rank or a size that is not a positive integer."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"`{name}` must be a positive integer, but got {name}={value!r}.")
+
+
+def require_matrix(method: str, site: Site) -> None:
+    """Refuse a norm where a method needs a weight with two sides."""
+    if site.is_norm:
+        raise TypeError(f"{method} needs a weight with two sides, but layer '{site.name}' is a norm.")
 
 
 class Adapter(nn.Module):
@@ -247,8 +280,7 @@ class LowRank(Adapter):
 
     def __init__(self, config: Any, site: Site, scaling: float) -> None:
         super().__init__(config, site)
-        if site.is_norm:
-            raise TypeError(f"{type(self).__name__} needs a weight with two sides; layer '{site.name}' is a norm.")
+        require_matrix(type(self).__name__, site)
         if config.dropout and not site.plain:
             raise ValueError(
                 f"`dropout` acts on the input of a layer that only applies its weight, and layer '{site.name}' does "

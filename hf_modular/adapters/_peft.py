@@ -1,7 +1,7 @@
 """Bringing a method into PEFT: the tuner model, and the registry. The only file that touches PEFT's registry."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from enum import Enum
 from functools import partial
@@ -17,6 +17,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from hf_modular._version import __version__
 from hf_modular.adapters._layer import BASE, AdapterLayer, wrap
@@ -51,15 +52,26 @@ class AdapterModel(BaseTuner):
         Whatever fails on the way, the model is afterwards as it was before.
         """
         self._placed: dict[str, AdapterLayer] = {}
+        config = self.peft_config[adapter_name]
+        if trained := config.modules_to_train(model):
+            config.modules_to_save = sorted({*trained, *(config.modules_to_save or [])})
+        undo = _remember(model)
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._make_adapters(adapter_name)
         except Exception:
-            self._take_back(model, adapter_name)
+            undo()
+            self.peft_config.pop(adapter_name, None)
             raise
         finally:
             del self._placed
+
+    def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
+        targets = peft_config.targets_for(model_config.get("model_type"))
+        if peft_config.target_modules is None and targets is not None:
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
+        return super()._prepare_adapter_config(peft_config, model_config)
 
     def _create_and_replace(
         self,
@@ -87,7 +99,15 @@ class AdapterModel(BaseTuner):
                 "them, or give both adapters different `target_modules`."
             )
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
+        if isinstance(getattr(target, "weight", None), DTensor):
+            raise TypeError(
+                f"The weight of layer '{key}' is split over several devices (a DTensor). Put the adapters in before "
+                "the model is sharded; tensor parallelism is not supported."
+            )
         layer = wrap(target, key, self.slot, backend)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # for inference torch reads the weights of its layers instead of calling them, but not where one has a hook
+            layer.register_forward_pre_hook(_do_nothing)
         self._replace_module(parent, target_name, layer, target)
         return layer
 
@@ -95,8 +115,12 @@ class AdapterModel(BaseTuner):
         config = self.peft_config[adapter_name]
         shared = self.adapter_class.share(config, [layer.site for layer in self._placed.values()])
         active = adapter_name in self.active_adapters
+        named: set[int] = set()
         for layer in self._placed.values():
-            layer.add_adapter(adapter_name, self._adapter(config, layer, shared))
+            adapter = self._adapter(config, layer, shared)
+            if "shared" in adapter._modules:
+                _name_once(adapter, named)
+            layer.add_adapter(adapter_name, adapter)
             layer.adapters[adapter_name].requires_grad_(active and not config.inference_mode)
             layer._active_adapter = self.active_adapters
 
@@ -110,15 +134,6 @@ class AdapterModel(BaseTuner):
                 f"weight of '{layer.site.name}' cannot be read."
             )
         return adapter
-
-    def _take_back(self, model: nn.Module, adapter_name: str) -> None:
-        for key, layer in self._placed.items():
-            if adapter_name in layer.adapters:
-                del layer.adapters[adapter_name]
-            if not layer.adapters:
-                parent, _, name = key.rpartition(".")
-                setattr(model.get_submodule(parent), name, layer.base_layer)
-        self.peft_config.pop(adapter_name, None)
 
     def _check_target_module_compatiblity(
         self, peft_config: AdapterConfig, model: nn.Module, target_name: str
@@ -134,10 +149,6 @@ class AdapterModel(BaseTuner):
 
     def _layers(self) -> Iterator[AdapterLayer]:
         return (module for module in self.model.modules() if isinstance(module, AdapterLayer))
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        self._refuse_unmergeable(None)
 
     def _refuse_unmergeable(self, adapter_names: list[str] | None) -> None:
         reasons = {
@@ -183,12 +194,11 @@ class AdapterModel(BaseTuner):
             yield
             return
         self._check_names(names)
+        give = partial(_give_names, list(names), self._copies(kwargs))
         with ExitStack() as stack:
-            for module, repeated in self._modules_for_mixed_batches():
-                beams = kwargs.get("num_beams") or 1
-                here = [name for name in names for _ in range(beams)] if repeated else list(names)
-                hook = module.register_forward_pre_hook(partial(_give_names, here), with_kwargs=True)
-                stack.callback(hook.remove)
+            for module in self.modules():
+                if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper)):
+                    stack.callback(module.register_forward_pre_hook(give, with_kwargs=True).remove)
             yield
 
     def _check_names(self, names: list[str]) -> None:
@@ -198,14 +208,11 @@ class AdapterModel(BaseTuner):
         if unknown := sorted(set(names) - known - {BASE}):
             raise ValueError(f"`adapter_names` holds unknown adapters {unknown}; the model has {sorted(known)}.")
 
-    def _modules_for_mixed_batches(self) -> Iterator[tuple[nn.Module, bool]]:
-        """The modules that take the names, and whether beam search repeats their samples (not in an encoder)."""
-        find = getattr(self.model, "get_encoder", None)
-        encoder = find() if find is not None and getattr(self.model.config, "is_encoder_decoder", False) else None
-        once = set() if encoder is None else {id(module) for module in encoder.modules()}
-        for module in self.modules():
-            if isinstance(module, (AdapterLayer, AuxiliaryTrainingWrapper)):
-                yield module, id(module) not in once
+    def _copies(self, kwargs: dict[str, Any]) -> int:
+        """How often `generate` repeats each sample, for beams or for several answers; not in an encoder."""
+        config = kwargs.get("generation_config") or getattr(self.model, "generation_config", None)
+        asked = [kwargs.get(n) or getattr(config, n, None) or 1 for n in ("num_beams", "num_return_sequences")]
+        return max(asked)
 
     # -- saved files -----------------------------------------------------------------------------------------
 
@@ -228,6 +235,9 @@ class AdapterModel(BaseTuner):
         first = _first_names(model)
         kept = {key: value for key, value in found.items() if first.get(key, key) == key}
         _refuse_broken(kept)
+        own = {key for alias, key in first.items() if f".{cls.slot}.{adapter_name}." in alias}
+        if lost := sorted(own - kept.keys()):
+            raise ValueError(f"Tensors that the adapter's layers share are not in the state dict: {lost}.")
         return kept
 
     @classmethod
@@ -239,11 +249,60 @@ class AdapterModel(BaseTuner):
         for alias, first in _first_names(model).items():
             if first in remapped and alias not in remapped:
                 remapped[alias] = remapped[first]
+        cls._refuse_misfit(model, adapter_name, set(remapped))
         return remapped
 
+    @classmethod
+    def _refuse_misfit(cls, model: nn.Module, adapter_name: str, given: set[str]) -> None:
+        """PEFT only warns of what a file lacks, and says nothing of what it has too much."""
+        known = model.state_dict().keys() | _first_names(model)
+        known |= {f"base_model.model.{key}" for key in known}
+        missing = sorted(key for key in model.state_dict() if f".{cls.slot}.{adapter_name}." in key and key not in given)
+        if missing or (unknown := sorted(given - known)):
+            raise ValueError(
+                f"The saved adapter does not fit this model. It lacks {_some(missing)} and holds {_some(unknown)} too "
+                "much: it was saved from another model or with other settings, or its file is damaged."
+            )
 
-def _give_names(names: list[str], module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+
+def _some(keys: list[str]) -> str:
+    """The first of them, and how many."""
+    return f"{len(keys)} tensors" + (f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "")
+
+
+def _do_nothing(module: nn.Module, args: Any) -> None:
+    """A hook whose presence is all that it is for."""
+
+
+def _give_names(
+    names: list[str], copies: int, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    x = args[0] if args else next(iter(kwargs.values()))
+    if len(x) == len(names) * copies:
+        names = [name for name in names for _ in range(copies)]
     return args, {**kwargs, "adapter_names": names}
+
+
+def _name_once(adapter: Adapter, named: set[int]) -> None:
+    """Let a state dict hold a shared module under the first of its names only, as every loader expects."""
+    if id(adapter.shared) in named:
+        adapter.register_state_dict_post_hook(_leave_shared_out)
+        adapter.register_load_state_dict_pre_hook(_put_shared_in)
+    named.add(id(adapter.shared))
+
+
+def _leave_shared_out(adapter: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name in _tensors(adapter.shared):
+        state_dict.pop(f"{prefix}shared.{name}", None)
+
+
+def _put_shared_in(adapter: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for name, tensor in _tensors(adapter.shared).items():  # loaded already, under the first name
+        state_dict.setdefault(f"{prefix}shared.{name}", tensor.detach())
+
+
+def _tensors(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
 
 
 def _first_names(model: nn.Module) -> dict[str, str]:
@@ -252,7 +311,8 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     names: dict[str, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if prefix.endswith(".shared"):
-            for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+            prefix = prefix.replace("_fsdp_wrapped_module.", "")  # as in a state dict
+            for name, tensor in _tensors(module).items():
                 names[f"{prefix}.{name}"] = first.setdefault(id(tensor), f"{prefix}.{name}")
     return names
 
@@ -264,6 +324,24 @@ def _refuse_broken(tensors: dict[str, Tensor]) -> None:
             raise ValueError(f"Tensor '{key}' of the adapter is empty; was the sharded model gathered before saving?")
         if tensor.device.type != "meta" and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"Tensor '{key}' of the adapter holds NaN or infinity; it is not saved.")
+
+
+def _remember(model: nn.Module) -> Callable[[], None]:
+    """Note the modules of a model, what of it is trained and which adapters are active; calling it brings that back."""
+    children = [(module, dict(module._modules)) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, AdapterLayer)]
+
+    def undo() -> None:
+        for module, before in children:
+            module._modules.clear()
+            module._modules.update(before)
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+        for layer, names in active:
+            layer._active_adapter = names
+
+    return undo
 
 
 # -- the registry ------------------------------------------------------------------------------------------------
@@ -298,7 +376,7 @@ _NEEDED = {
         "_cast_input_dtype",
     ],
 }
-_ours: set[str] = set()  # the enum members that this package added
+_US = "hf_modular"  # marks the enum members that this package added, also in an earlier and broken import
 
 
 def check_contract() -> None:
@@ -336,7 +414,7 @@ def add_peft_type(name: str) -> PeftType:
         if hasattr(PeftType, "_hashable_values_"):  # Python 3.12 and later
             PeftType._hashable_values_.append(name)
         type.__setattr__(PeftType, name, member)
-        _ours.add(name)
+        member.added_by = _US
     member = PeftType.__members__[name]
     same = PeftType(name) is PeftType[name] is getattr(PeftType, name) is member
     if not (same and member in list(PeftType) and hash(member) == hash(name) and member.value == name):
@@ -352,6 +430,7 @@ def register(config_class: type[AdapterConfig], adapter_class: type[Adapter]) ->
         PeftTypeConflictError: If the type is registered by somebody else.
     """
     check_contract()
+    _check_method(adapter_class)
     type_name = config_class.type_name
     name = type_name.lower()
     body = {
@@ -373,9 +452,19 @@ def register(config_class: type[AdapterConfig], adapter_class: type[Adapter]) ->
     return model_class
 
 
+def _check_method(adapter_class: type[Adapter]) -> None:
+    own = {name for name in ("delta", "transform", "forward") if getattr(adapter_class, name) is not getattr(Adapter, name)}
+    if not own or own >= {"delta", "transform"}:
+        raise TypeError(
+            f"An adapter method defines one of `delta`, `transform` and `forward`, or `forward` beside one of the "
+            f"others, but {adapter_class.__name__} defines {sorted(own) or 'none'}."
+        )
+
+
 def _refuse_conflict(type_name: str, config_class: type[AdapterConfig]) -> None:
     owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(type_name)
-    if owner is None and type_name in PeftType.__members__ and type_name not in _ours:
+    theirs = getattr(PeftType.__members__.get(type_name), "added_by", None) != _US
+    if owner is None and type_name in PeftType.__members__ and theirs:
         raise PeftTypeConflictError(
             f"PEFT has a type {type_name} of its own, which this package would have to replace."
         )

@@ -35,6 +35,7 @@ from hf_modular.adapters._method import (
     pattern_value,
     require_between,
     require_choice,
+    require_matrix,
     require_rank,
 )
 
@@ -83,8 +84,7 @@ class HUT(Adapter):
 
     def __init__(self, config: HUTConfig, site: Site) -> None:
         super().__init__(config, site)
-        if site.is_norm:
-            raise TypeError(f"HUT needs a weight with two sides, but layer '{site.name}' is a norm.")
+        require_matrix("HUT", site)
         out_features, in_features = site.weight_shape[:2]
         r = pattern_value(config.rank_pattern, site.name, config.r)
         tiled = config.form == "tile"
