@@ -7,6 +7,7 @@ same tensors there for good. Forward and merge therefore cannot disagree.
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -40,10 +41,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             backend is not None or is_plain(base_layer),
             getattr(base_layer, "groups", 1),
         )
+        self.out_features, self.in_features = self.site.weight_shape[0], self._in_features()
         self.adapter_layer_names = (slot,)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._originals: tuple[Any, ...] | None = None  # the base layer's own parameters, while merged
+        self._originals: _Taken | None = None  # the base layer and its own parameters, while merged
         self.add_module(slot, nn.ModuleDict())
 
     # -- adapters --------------------------------------------------------------------------------------------
@@ -54,7 +56,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def add_adapter(self, adapter_name: str, adapter: Adapter) -> None:
         self.adapters[adapter_name] = adapter
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """What PEFT calls when an adapter was loaded: it keeps the dtype in which it was saved."""
+        target = device or self._get_base_layer_device_and_dtype(self.base_layer)[0]
+        if adapter_name in self.adapters and target is not None and target.type != "meta":
+            self.adapters[adapter_name].to(target)
 
     def _chosen(self, names: Iterable[str]) -> list[Adapter]:
         return [self.adapters[name] for name in names if name in self.adapters]  # type: ignore[misc]
@@ -64,7 +72,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None:
+        if adapter_names is not None and not self.disable_adapters:
             return self._mixed_forward(x, args, kwargs, adapter_names)
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
@@ -73,6 +81,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _adapted(self, adapters: list[Adapter], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if not adapters or any(adapter.direct for adapter in adapters):
             return self._act_on_output(adapters, x, self.base_layer(x, *args, **kwargs))
+        self._check_present(x)
         if len(adapters) == 1 and adapters[0].on_linear and self._is_plain_linear():
             weight, bias = self._base_tensors()
             return adapters[0].linear(x, self.layout.to_canonical(weight), bias)
@@ -111,13 +120,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return x if y is None else y
 
     def _check_mixed(self, x: Tensor, names: list[str]) -> None:
-        if self.disable_adapters or self.merged:
-            state = "disabled" if self.disable_adapters else f"merged ({self.merged_adapters})"
-            raise ValueError(f"`adapter_names` needs adapters that are neither merged nor disabled; they are {state}.")
+        # the first sentences are PEFT's, which callers know
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first. "
+                f"Layer '{self.site.name}' has merged {self.merged_adapters}."
+            )
         if x.shape[0] != len(names):
             raise ValueError(
-                f"`adapter_names` must hold one name per sample, but layer '{self.site.name}' got {len(names)} names "
-                f"for an input of shape {tuple(x.shape)}."
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} names for an input of shape {tuple(x.shape)} in layer '{self.site.name}'."
             )
 
     def _is_plain_linear(self) -> bool:
@@ -126,6 +138,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks)
 
     # -- the rewritten weight --------------------------------------------------------------------------------
+
+    def _check_present(self, x: Tensor) -> None:
+        """Offloading and ZeRO-3 bring a weight when its layer is called, and here it is read before."""
+        weight = self.base_layer._parameters.get("weight")
+        if weight is not None and (weight.numel() == 0 or (weight.is_meta and not x.is_meta)):
+            raise ValueError(
+                f"The weight of layer '{self.site.name}' is not in memory (offloaded or partitioned), and its adapter "
+                "has to read it. Load the model without offloading and ZeRO-3, or use a method that acts on the output."
+            )
 
     def _fold(self, adapters: Iterable[Adapter], base: Weights | None = None) -> Weights:
         """The layer's weight (as the layer stores it) and bias after the adapters in their order."""
@@ -147,14 +168,18 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return (self.base_layer.out_features, self.base_layer.in_features)  # type: ignore[return-value]
         return tuple(self.layout.canonical(self.base_layer.weight.detach()).shape)  # type: ignore[operator]
 
+    def _in_features(self) -> int:
+        shape = self.site.weight_shape
+        return shape[0] if self.site.is_norm else shape[1] * self.site.groups
+
     def _call_base(self, tensors: Weights, x: Tensor, args: Any, kwargs: Any) -> Tensor:
         weight, bias = tensors
         if self.quantization_backend is not None:
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if bias is None or self.site.has_bias:
             named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-            return torch.func.functional_call(self.base_layer, named, (x, *args), kwargs)
-        y = torch.func.functional_call(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+            return _call_with(self.base_layer, named, (x, *args), kwargs)
+        y = _call_with(self.base_layer, {"weight": weight}, (x, *args), kwargs)
         return (y.movedim(self.layout.channel, -1) + bias).movedim(-1, self.layout.channel).to(y.dtype)
 
     # -- merging ---------------------------------------------------------------------------------------------
@@ -173,7 +198,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return
         weight, bias = self._merged_tensors(names, safe_merge)
         if self._originals is None:
-            self._originals = _take(self.base_layer)
+            self._originals = _Taken.of(self.base_layer)
         self._put(weight, bias)
         self.merged_adapters.extend(names)
 
@@ -213,23 +238,23 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _original_tensors(self) -> Weights | None:
         if self._originals is None:
             return None
-        merged = _take(self.base_layer)
-        _give(self.base_layer, self._originals)
+        merged = _Taken.of(self.base_layer)
+        self.base_layer = self._originals.put_back()
         try:
             return self._base_tensors()
         finally:
-            _give(self.base_layer, merged)
+            self.base_layer = merged.put_back()
 
     def _check_finite(self, names: list[str], tensors: Weights) -> None:
         if not all(t is None or bool(torch.isfinite(t).all()) for t in tensors):
             raise ValueError(
-                f"Merging {names} into layer '{self.site.name}' would give NaN or infinite weights; nothing was "
-                "merged. The adapter seems to be broken."
+                f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken: merging it "
+                f"into layer '{self.site.name}' would give NaN or infinity. Nothing was merged."
             )
 
     def _put(self, weight: Tensor, bias: Tensor | None) -> None:
         if self.quantization_backend is not None:
-            self.set_base_weight(weight)
+            self.set_base_weight(weight)  # which may make another base layer (HQQ)
         else:
             self.base_layer.weight = _like(self.base_layer.weight, weight)  # type: ignore[arg-type]
         if bias is not None and self.site.has_bias:
@@ -240,7 +265,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         if self._originals is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        _give(self.base_layer, self._originals)
+        self.base_layer = self._originals.put_back()
         self._originals = None
         self.merged_adapters.clear()
 
@@ -292,6 +317,21 @@ def layout_of_base(base_layer: nn.Module, name: str, backend: QuantizationBacken
     return LINEAR
 
 
+def _call_with(layer: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+    """Call a layer with these tensors in the place of its own."""
+    # FSDP 1 shadows a layer's parameters by attributes, which `functional_call` passes by without a word
+    shadows = {name: layer.__dict__[name] for name in tensors if name in layer.__dict__}
+    if not shadows:
+        return torch.func.functional_call(layer, tensors, args, kwargs)
+    layer.__dict__.update(tensors)
+    try:
+        return layer(*args, **kwargs)
+    finally:
+        for name in tensors:
+            del layer.__dict__[name]
+        layer.__dict__.update(shadows)
+
+
 def _at_least_fp32(tensor: Any) -> Any:
     return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
@@ -304,16 +344,21 @@ def _like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
 _STATE = ("CB", "SB", "SCB", "SBt", "CBt")
 
 
-def _take(layer: nn.Module) -> tuple[Any, ...]:
-    state = getattr(layer, "state", None)
-    held = {key: getattr(state, key) for key in _STATE if hasattr(state, key)}
-    return layer._parameters.get("weight"), layer._parameters.get("bias"), held
+@dataclass(frozen=True)
+class _Taken:
+    """A layer with the parameters that it has now, to be put back later."""
 
+    layer: nn.Module
+    parameters: dict[str, nn.Parameter | None]
+    state: dict[str, Any]
 
-def _give(layer: nn.Module, originals: tuple[Any, ...]) -> None:
-    weight, bias, held = originals
-    layer._parameters["weight"] = weight
-    if "bias" in layer._parameters:
-        layer._parameters["bias"] = bias
-    for key, value in held.items():
-        setattr(layer.state, key, value)
+    @classmethod
+    def of(cls, layer: nn.Module) -> "_Taken":
+        state = getattr(layer, "state", None)
+        return cls(layer, dict(layer._parameters), {key: getattr(state, key) for key in _STATE if hasattr(state, key)})
+
+    def put_back(self) -> nn.Module:
+        self.layer._parameters.update(self.parameters)
+        for key, value in self.state.items():
+            setattr(self.layer.state, key, value)
+        return self.layer
