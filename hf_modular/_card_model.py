@@ -133,10 +133,8 @@ def _parents(recipe: Mapping[str, Any], report: Mapping[str, Any], lookup: Looku
         weights.setdefault(str(entry["model"]), code(settings["weight"]) if "weight" in settings else "default")
     inputs = {entry["model"]: entry for entry in report.get("inputs") or []}
     for reference, weight in weights.items():
-        entry = inputs.get(reference, {})
-        name, revision = _split(reference)
-        origin = trace(name, entry.get("commit") or revision, lookup)
-        yield Parent(reference, weight, origin, entry.get("files") or {})
+        origin = trace(*_split(reference), lookup)
+        yield Parent(reference, weight, origin, inputs.get(reference, {}).get("files") or {})
 
 
 def _split(reference: str) -> tuple[str, str | None]:

@@ -1,17 +1,20 @@
 """Publishing merged models: their parents, their recipe, their licence."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from conftest import CONFIGS, snippet
 from huggingface_hub import ModelCard
+from safetensors.torch import load
 from server import Hub
 
-from hf_modular import push_to_hub
+from hf_modular import merge, push_to_hub
 
 REPO = "tester/merged"
 SHA = "ab" * 32
@@ -27,9 +30,7 @@ def merged(bases: dict[str, Path], tmp_path: Path) -> Callable[..., Path]:
         entries = [{"model": model, "parameters": {"weight": 0.5 + i}} for i, model in enumerate(models)]
         recipe = {"merge_method": "dare_linear", "base_model": base, "models": entries, "parameters": {"density": 0.5}}
         (folder / "merge_recipe.yaml").write_text(yaml.safe_dump(recipe, sort_keys=False))
-        inputs = [
-            {"model": m, "commit": None, "files": {"model.safetensors": {"sha256": SHA}}} for m in (base, *models)
-        ]
+        inputs = [{"model": m, "files": {"model.safetensors": {"sha256": SHA}}} for m in (base, *models)]
         report = {"merge_method": "dare", "seed": 7, "inputs": inputs, "notes": [f"the tokenizer is that of {base}"]}
         report |= {"seconds": 1.25, "peak_memory": 2_500_000_000, "device": "cpu", "versions": {"torch": "2.13.0"}}
         (folder / "merge_report.json").write_text(json.dumps(report))
@@ -73,6 +74,33 @@ def test_parents_on_the_hub(hub, bases, merged, publish):
     names_of_code: dict[str, Any] = {}
     exec(snippet(card.text), names_of_code)
     assert names_of_code["model"].config.hidden_size == 32
+
+
+def test_a_merge_of_repositories_is_pinned_and_can_be_run_again(hub, bases, publish, tmp_path):
+    names = parents(publish, bases["llama"], "mit", "mit")
+    expert = CONFIGS["llama"][0].from_pretrained(names[0])
+    with torch.no_grad():
+        expert.lm_head.weight.add_(torch.ones(32))
+    expert.save_pretrained(tmp_path / "expert")
+    publish(tmp_path / "expert", names[1], "---\nlicense: mit\n---\n")
+    models = [{"model": names[1], "parameters": {"weight": 0.5}}]
+    recipe = {"merge_method": "dare", "base_model": names[0], "models": models, "parameters": {"drop": 0.5}, "seed": 3}
+    merge(recipe, tmp_path / "merged", progress=False)
+    push_to_hub(tmp_path / "merged", REPO)
+    card = card_of(hub)
+    assert (card.data.base_model, card.data.license) == (names, "mit")
+    for name in names:
+        assert f"| [{name}](https://huggingface.co/{name}) | `{hub.repos[name].heads['main']}` |" in card.text
+    assert "makes the same weights again, bit for bit." in card.text
+    assert "(run with seed 3)" in card.text
+    embedded = re.search(r"```yaml\n(.*?)```", card.text, re.DOTALL)
+    (tmp_path / "again.yaml").write_text(embedded[1])
+    merge(tmp_path / "again.yaml", tmp_path / "again", progress=False)
+    weights = hub.repos[REPO].files["model.safetensors"].data
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == weights
+    names_of_code: dict[str, Any] = {}
+    exec(snippet(card.text), names_of_code)
+    assert torch.equal(names_of_code["model"].lm_head.weight, load(weights)["lm_head.weight"])
 
 
 def test_no_path_of_a_parent_is_told(hub, bases, merged, publish, tmp_path):
