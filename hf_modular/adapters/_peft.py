@@ -111,6 +111,11 @@ class AdapterModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
         return layer
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # What is put in place is complete. PEFT would hand it the weight of what was there before, which in front
+        # of an embedding with trained tokens is no parameter.
+        setattr(parent, child_name, new_module)
+
     def _make_adapters(self, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
         shared = self.adapter_class.share(config, [layer.site for layer in self._placed.values()])
@@ -203,10 +208,12 @@ class AdapterModel(BaseTuner):
 
     def _check_names(self, names: list[str]) -> None:
         if self.training:
-            raise ValueError("`adapter_names` is for inference; call `model.eval()` first.")
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `eval()` first.")
         known = {name for layer in self._layers() for name in layer.adapters}
         if unknown := sorted(set(names) - known - {BASE}):
-            raise ValueError(f"`adapter_names` holds unknown adapters {unknown}; the model has {sorted(known)}.")
+            raise ValueError(
+                f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has {sorted(known)}."
+            )
 
     def _copies(self, kwargs: dict[str, Any]) -> int:
         """How often `generate` repeats each sample, for beams or for several answers; not in an encoder."""
