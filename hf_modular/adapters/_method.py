@@ -58,6 +58,10 @@ class AdapterConfig(PeftConfig):
             The name of the module list that `layers_to_transform` counts in, if it is not a common one.
         trainable_token_indices (`list[int] | dict[str, list[int]]`, *optional*):
             Tokens whose embeddings are trained beside the adapter.
+        bias (`str`, defaults to `"none"`):
+            Which of the model's own biases are trained and saved beside the adapter: `"none"`, `"all"`, or those of
+            the adapted layers with `"<type>_only"`, for example `"hfm_hut_only"`. They stay as trained when the
+            adapter is disabled, so only one adapter of a model may have them.
         format_version (`int`, defaults to 1):
             The version of the saved format. A newer one than this package knows is refused.
 
@@ -84,6 +88,9 @@ class AdapterConfig(PeftConfig):
     trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
         default=None, metadata={"help": "Tokens whose embeddings are trained beside the adapter."}
     )
+    bias: str = field(
+        default="none", metadata={"help": "Biases of the model trained beside the adapter: none, all or <type>_only."}
+    )
     format_version: int = field(
         default=FORMAT_VERSION, metadata={"help": "The version of the saved format; set by the package."}
     )
@@ -106,6 +113,7 @@ class AdapterConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        require_choice("bias", self.bias, ["none", "all", f"{self.type_name.lower()}_only"])
         self._check_layer_selection()
 
     def _check_layer_selection(self) -> None:
