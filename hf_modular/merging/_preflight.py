@@ -37,7 +37,7 @@ def refuse(problems: Iterable[str]) -> None:
     if not found:
         return
     shown = found[:_SHOWN] + ([f"... and {len(found) - _SHOWN} more"] if len(found) > _SHOWN else [])
-    raise ValueError("these models cannot be merged:\n" + "\n".join(f"  - {problem}" for problem in shown))
+    raise ValueError("the merge cannot begin:\n" + "\n".join(f"  - {problem}" for problem in shown))
 
 
 def disagreements(

@@ -51,8 +51,17 @@ class MergeReport:
     versions: dict[str, str] = field(default_factory=lambda: _versions())
 
     def save(self, folder: str | Path) -> None:
-        text = json.dumps(asdict(self), indent=2, ensure_ascii=False)
-        (Path(folder) / REPORT).write_text(text + "\n", "utf-8")
+        (Path(folder) / REPORT).write_text(self.to_json() + "\n", "utf-8")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """What was done, in a line, and a line for each note."""
+        sizes = f"{self.tensors} tensors, {self.parameters:,} parameters, {self.bytes_written / 1e6:,.1f} MB"
+        notes = "".join(f"note: {note}\n" for note in self.notes)
+        models = len(self.recipe["models"])
+        return f"{notes}Merged {models} models by {self.merge_method} in {self.seconds:.1f} s ({sizes})"
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

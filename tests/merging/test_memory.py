@@ -94,7 +94,7 @@ def test_integer_tensors_are_the_bases_and_a_difference_is_said():
 def test_all_problems_are_named_at_once():
     bad = {**ONE, "a.weight": torch.zeros(5, 3), "extra": torch.zeros(1)}
     bad.pop("a.bias")
-    with pytest.raises(ValueError, match="cannot be merged") as error:
+    with pytest.raises(ValueError, match="cannot begin") as error:
         merge_state_dicts(BASE, [TWO, bad], TaskArithmeticConfig())
     for part in (
         "model 1 has no tensor a.bias",

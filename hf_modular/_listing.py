@@ -1,0 +1,61 @@
+"""All methods with their settings, read off the dataclasses that define them."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, fields
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Setting:
+    name: str
+    default: Any
+    help: str
+    law: str | None = None  # the interval that a number must be in
+    per_model: bool = False  # whether a recipe may give each model its own value
+
+
+@dataclass(frozen=True)
+class Method:
+    family: str  # "adapter" or "merge"
+    name: str
+    config: str  # its class in hf_modular
+    summary: str
+    settings: list[Setting]
+    also_called: list[str]  # mergekit's names
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def lines(self) -> Iterator[str]:
+        """For people."""
+        also = f" ({', '.join(self.also_called)} in mergekit)" if self.also_called else ""
+        yield f"{self.name}{also}: {self.summary}"
+        for setting in self.settings:
+            law = f" In {setting.law}." if setting.law else ""
+            each = " Each model may have its own." if setting.per_model else ""
+            yield f"    {setting.name}={setting.default!r}: {setting.help}{law}{each}"
+
+
+def merge_methods() -> list[Method]:
+    from hf_modular.merging import METHODS
+
+    return [_method("merge", name, config, list(config.aliases)) for name, config in METHODS.items()]
+
+
+def adapter_methods() -> list[Method]:
+    from hf_modular.adapters import METHODS
+
+    return [_method("adapter", name, config, []) for name, (config, _) in METHODS.items()]
+
+
+def _method(family: str, name: str, config: type[Any], also_called: list[str]) -> Method:
+    """Settings are the fields that the class adds itself; an adapter's host adds dozens of its own."""
+    own = [_setting(f) for f in fields(config) if f.name in inspect.get_annotations(config)]
+    return Method(family, name, config.__name__, (config.__doc__ or "").strip().splitlines()[0], own, also_called)
+
+
+def _setting(f: Field[Any]) -> Setting:
+    default = f.default if f.default_factory is MISSING else f.default_factory()
+    meta = f.metadata
+    return Setting(f.name, default, meta.get("help", ""), meta.get("law"), bool(meta.get("per_model")))

@@ -1,0 +1,88 @@
+"""The command line: `hf-modular`, or `python -m hf_modular.cli`.
+
+Commands only pass their arguments on; what they do is in the library. Exit codes: 0 done, 1 a check failed, 2 the call
+or its input is wrong.
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    help="Adapter types and model merging for PEFT and transformers.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.command()
+def merge(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, in mergekit's YAML format.")],
+    output: Annotated[Path, typer.Argument(help="A folder that is absent or empty.")],
+    seed: Annotated[int | None, typer.Option(help="For random methods; the recipe's by default.")] = None,
+    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
+    workers: Annotated[int | None, typer.Option(min=1, help="Threads; as many as cores by default.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="The largest file of weights.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
+    hashes: Annotated[bool, typer.Option(help="Note the SHA-256 of all weights in the report.")] = True,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge models into a folder that transformers loads."""
+    from hf_modular.merging import merge as run
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report has the same notes
+        report = run(
+            recipe,
+            output,
+            seed=seed,
+            device=device,
+            workers=workers,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            hashes=hashes,
+            progress=not (quiet or as_json),
+        )
+    if as_json:
+        typer.echo(report.to_json())
+    elif not quiet:
+        typer.echo(f"{report.summary()}: {output}")
+
+
+@app.command()
+def methods(
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+    family: Annotated[str | None, typer.Option(help="Only `merge` or only `adapter`.")] = None,
+) -> None:
+    """List all adapters and merge methods with their settings."""
+    from hf_modular import _listing
+
+    sources = {"adapter": _listing.adapter_methods, "merge": _listing.merge_methods}
+    if family is not None and family not in sources:
+        raise ValueError(f"--family must be one of {list(sources)}, but got {family!r}")
+    found = {name: listed() for name, listed in sources.items() if family in (None, name)}
+    if as_json:
+        typer.echo(json.dumps([method.to_dict() for family in found.values() for method in family], indent=2))
+        return
+    for name, group in found.items():
+        typer.echo(f"{name.capitalize()} methods\n")
+        typer.echo("\n\n".join("\n".join(method.lines()) for method in group) + "\n")
+
+
+def main() -> None:
+    """Run the command line; what is wrong with an input is one message, not a traceback."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
