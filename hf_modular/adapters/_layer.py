@@ -144,8 +144,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         weight = self.base_layer._parameters.get("weight")
         if weight is not None and (weight.numel() == 0 or (weight.is_meta and not x.is_meta)):
             raise ValueError(
-                f"The weight of layer '{self.site.name}' is not in memory (offloaded or partitioned), and its adapter "
-                "has to read it. Load the model without offloading and ZeRO-3, or use a method that acts on the output."
+                f"The weight of layer '{self.site.name}' is not in memory (offloaded or partitioned), but its adapter "
+                "has to read it. Load the model without offloading or ZeRO-3, or use a method that acts on the output."
             )
 
     def _fold(self, adapters: Iterable[Adapter], base: Weights | None = None) -> Weights:
@@ -199,7 +199,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         weight, bias = self._merged_tensors(names, safe_merge)
         if self._originals is None:
             self._originals = _Taken.of(self.base_layer)
-        self._put(weight, bias)
+        self._put(weight, bias, self._originals)
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool = True) -> None:
@@ -252,13 +252,13 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"into layer '{self.site.name}' would give NaN or infinity. Nothing was merged."
             )
 
-    def _put(self, weight: Tensor, bias: Tensor | None) -> None:
+    def _put(self, weight: Tensor, bias: Tensor | None, old: "_Taken") -> None:
         if self.quantization_backend is not None:
             self.set_base_weight(weight)  # which may make another base layer (HQQ)
         else:
-            self.base_layer.weight = _like(self.base_layer.weight, weight)  # type: ignore[arg-type]
+            self.base_layer.weight = _like(old.parameters["weight"], weight)
         if bias is not None and self.site.has_bias:
-            self.base_layer.bias = _like(self.base_layer.bias, bias)  # type: ignore[arg-type]
+            self.base_layer.bias = _like(old.parameters["bias"], bias)
 
     def unmerge(self) -> None:
         """Put the base layer's own parameters back: the same objects, so the same bits and the same ties."""
@@ -336,8 +336,8 @@ def _at_least_fp32(tensor: Any) -> Any:
     return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _like(old: nn.Parameter, new: Tensor) -> nn.Parameter:
-    return nn.Parameter(new.contiguous(), requires_grad=old.requires_grad)
+def _like(old: nn.Parameter | None, new: Tensor) -> nn.Parameter:
+    return nn.Parameter(new.contiguous(), requires_grad=old is not None and old.requires_grad)
 
 
 # What bitsandbytes keeps of an 8-bit weight beside the parameter itself.

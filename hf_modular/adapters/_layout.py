@@ -57,8 +57,11 @@ def layout_of(layer: Any, name: str) -> Layout:
     Raises:
         TypeError: If the layer is of a kind that cannot be adapted; the message names it.
     """
-    if getattr(layer, "weight", None) is None:
-        raise TypeError(f"Layer '{name}' ({type(layer).__name__}) has no weight and cannot be adapted.")
+    if layer._parameters.get("weight") is None:
+        raise TypeError(
+            f"Layer '{name}' ({type(layer).__name__}) has no weight of its own, or computes it (as a parametrised "
+            "layer does): it cannot be adapted."
+        )
     for kinds, make in _KINDS:
         if isinstance(layer, kinds):
             return make(layer, name)

@@ -262,10 +262,11 @@ class AdapterModel(BaseTuner):
     @classmethod
     def _refuse_misfit(cls, model: nn.Module, adapter_name: str, given: set[str]) -> None:
         """PEFT only warns of what a file lacks, and says nothing of what it has too much."""
-        known = model.state_dict().keys() | _first_names(model)
-        known |= {f"base_model.model.{key}" for key in known}
-        missing = sorted(key for key in model.state_dict() if f".{cls.slot}.{adapter_name}." in key and key not in given)
-        if missing or (unknown := sorted(given - known)):
+        known = set(model.state_dict())
+        missing = sorted(key for key in known - given if f".{cls.slot}.{adapter_name}." in key)
+        known |= _first_names(model).keys()
+        unknown = sorted(key for key in given - known if key.removeprefix("base_model.model.") not in known)
+        if missing or unknown:
             raise ValueError(
                 f"The saved adapter does not fit this model. It lacks {_some(missing)} and holds {_some(unknown)} too "
                 "much: it was saved from another model or with other settings, or its file is damaged."
@@ -334,7 +335,7 @@ def _refuse_broken(tensors: dict[str, Tensor]) -> None:
 
 
 def _remember(model: nn.Module) -> Callable[[], None]:
-    """Note the modules of a model, what of it is trained and which adapters are active; calling it brings that back."""
+    """What brings back the modules of a model, what of it is trained, and which adapters are active."""
     children = [(module, dict(module._modules)) for module in model.modules()]
     trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     active = [(module, module._active_adapter) for module in model.modules() if isinstance(module, AdapterLayer)]
@@ -460,10 +461,11 @@ def register(config_class: type[AdapterConfig], adapter_class: type[Adapter]) ->
 
 
 def _check_method(adapter_class: type[Adapter]) -> None:
-    own = {name for name in ("delta", "transform", "forward") if getattr(adapter_class, name) is not getattr(Adapter, name)}
+    mathematics = ("delta", "transform", "forward")
+    own = {name for name in mathematics if getattr(adapter_class, name) is not getattr(Adapter, name)}
     if not own or own >= {"delta", "transform"}:
         raise TypeError(
-            f"An adapter method defines one of `delta`, `transform` and `forward`, or `forward` beside one of the "
+            "An adapter method defines one of `delta`, `transform` and `forward`, or `forward` beside one of the "
             f"others, but {adapter_class.__name__} defines {sorted(own) or 'none'}."
         )
 

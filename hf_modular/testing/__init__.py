@@ -1,0 +1,54 @@
+"""The contracts that every method must keep, as test classes to inherit; for methods of other packages too."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hf_modular.testing._adapters import (
+        ALL_LAYERS,
+        CONV_LAYERS,
+        EMBEDDINGS,
+        LINEAR_LAYERS,
+        NORMS,
+        WEIGHT_MATRICES,
+        AdapterCase,
+        AdapterContract,
+        LayerKind,
+    )
+
+# Loaded on first use: the contract of one family does not need what the other one does.
+_HOME = {
+    "ALL_LAYERS": "_adapters",
+    "CONV_LAYERS": "_adapters",
+    "EMBEDDINGS": "_adapters",
+    "LINEAR_LAYERS": "_adapters",
+    "NORMS": "_adapters",
+    "WEIGHT_MATRICES": "_adapters",
+    "AdapterCase": "_adapters",
+    "AdapterContract": "_adapters",
+    "LayerKind": "_adapters",
+}
+
+__all__ = [
+    "ALL_LAYERS",
+    "CONV_LAYERS",
+    "EMBEDDINGS",
+    "LINEAR_LAYERS",
+    "NORMS",
+    "WEIGHT_MATRICES",
+    "AdapterCase",
+    "AdapterContract",
+    "LayerKind",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'hf_modular.testing' has no attribute {name!r}")
+    value = getattr(import_module(f"hf_modular.testing.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__
