@@ -6,6 +6,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hf_modular.merging._memory import merge_state_dicts
     from hf_modular.merging._method import MergeMethod
+    from hf_modular.merging._recipe import MergeRecipe
+    from hf_modular.merging._report import MergeReport
+    from hf_modular.merging._stream import merge
     from hf_modular.merging.dare import DAREConfig
     from hf_modular.merging.linear import LinearConfig
     from hf_modular.merging.task_arithmetic import TaskArithmeticConfig
@@ -18,7 +21,10 @@ _HOME = {
     "DAREConfig": "dare",
     "LinearConfig": "linear",
     "MergeMethod": "_method",
+    "MergeRecipe": "_recipe",
+    "MergeReport": "_report",
     "TaskArithmeticConfig": "task_arithmetic",
+    "merge": "_stream",
     "merge_state_dicts": "_memory",
 }
 
@@ -27,7 +33,10 @@ __all__ = [
     "DAREConfig",
     "LinearConfig",
     "MergeMethod",
+    "MergeRecipe",
+    "MergeReport",
     "TaskArithmeticConfig",
+    "merge",
     "merge_state_dicts",
 ]
 
