@@ -11,11 +11,12 @@ if TYPE_CHECKING:
     from hf_modular.merging._stream import merge
     from hf_modular.merging.dare import DAREConfig
     from hf_modular.merging.linear import LinearConfig
+    from hf_modular.merging.pcb import PCBConfig
     from hf_modular.merging.task_arithmetic import TaskArithmeticConfig
 
     METHODS: dict[str, type[MergeMethod]]
 
-_METHODS = ("LinearConfig", "TaskArithmeticConfig", "DAREConfig")  # in the order in which they are listed
+_METHODS = ("LinearConfig", "TaskArithmeticConfig", "DAREConfig", "PCBConfig")  # in the order in which they are listed
 
 _HOME = {
     "DAREConfig": "dare",
@@ -23,6 +24,7 @@ _HOME = {
     "MergeMethod": "_method",
     "MergeRecipe": "_recipe",
     "MergeReport": "_report",
+    "PCBConfig": "pcb",
     "TaskArithmeticConfig": "task_arithmetic",
     "merge": "_stream",
     "merge_state_dicts": "_memory",
@@ -35,6 +37,7 @@ __all__ = [
     "MergeMethod",
     "MergeRecipe",
     "MergeReport",
+    "PCBConfig",
     "TaskArithmeticConfig",
     "merge",
     "merge_state_dicts",
