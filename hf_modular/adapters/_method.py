@@ -326,7 +326,8 @@ class LowRank(Adapter):
         return x.movedim(-1 - self.kernel_axes, -1)
 
     def _over_channels(self, matrix: Tensor, x: Tensor) -> Tensor:
-        return (matrix @ x.flatten(-self.kernel_axes)).unflatten(-1, x.shape[-self.kernel_axes :])
+        flat = F.conv1d(x.flatten(-self.kernel_axes), matrix.unsqueeze(-1))
+        return flat.unflatten(-1, x.shape[-self.kernel_axes :])
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training) if self.dropout else x

@@ -229,7 +229,9 @@ class Compacter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
         rule = None if self.shared is None else self.shared.A.to(y.device)
-        hidden = ACTIVATIONS[self.activation](self.down(y.to(self.down.bias.dtype), rule))
+        # contiguous, for a matrix product takes another path where gradients are wanted if its input is not
+        h = y.to(self.down.bias.dtype).contiguous()
+        hidden = ACTIVATIONS[self.activation](self.down(h, rule))
         return y + self.up(hidden, rule)
 
 
