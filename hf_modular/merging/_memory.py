@@ -38,11 +38,11 @@ def merge_state_dicts(
         where an input is), rounded once. Tensors that hold no floating-point numbers are the base's.
     """
     refuse(_call_problems(base, models, config, weights))
-    inputs = [_InMemory(f"model {i}", model) for i, model in enumerate(models)]
-    reference = inputs[0] if base is None else _InMemory("the base", base)
-    engine = _engine(reference, None if base is None else reference, inputs, config, weights, seed)
+    inputs = [InMemory(f"model {i}", model) for i, model in enumerate(models)]
+    reference = inputs[0] if base is None else InMemory("the base", base)
+    engine = engine_of(reference, base is not None, inputs, config, weights, seed)
     refuse(_tensor_problems(engine, reference, inputs))
-    merged = _Merged({name: torch.empty_like(reference.tensors[name]) for name in engine.plan})
+    merged = Merged({name: torch.empty_like(reference.tensors[name]) for name in engine.plan})
     with Workers(None) as pool:
         engine.run(merged, pool, progress=lambda done: None)
     for note in engine.notes:
@@ -52,7 +52,7 @@ def merge_state_dicts(
 
 
 @dataclass(frozen=True, eq=False)
-class _InMemory:
+class InMemory:
     """A state dict as the engine reads it."""
 
     reference: str
@@ -63,7 +63,7 @@ class _InMemory:
 
 
 @dataclass(frozen=True, eq=False)
-class _Merged:
+class Merged:
     """A state dict as the engine writes it."""
 
     tensors: dict[str, Tensor]
@@ -72,21 +72,28 @@ class _Merged:
         self.tensors[name].view(-1)[start : start + data.numel()] = data
 
 
-def _engine(
-    reference: _InMemory,
-    base: _InMemory | None,
-    models: Sequence[_InMemory],
+def engine_of(
+    reference: InMemory,
+    has_base: bool,
+    models: Sequence[InMemory],
     config: MergeMethod,
     weights: Sequence[float] | None,
     seed: int,
 ) -> Engine:
+    """The engine for state dicts; `reference` is the base if there is one, else what the result is shaped after."""
     tied = _tied(reference, models)
     plan = {name: tensor for name, tensor in reference.tensors.items() if name not in tied}
     resolved = Resolved(config, tuple(map(float, weights or [1.0] * len(models))), {})
-    device = next((tensor.device for tensor in plan.values()), torch.device("cpu"))
-    settings = dict.fromkeys(plan, resolved)
-    used = base if config.base_model != "unused" else None
-    return Engine(plan, settings, config, used, models, reference, seed, device)
+    return Engine(
+        plan=plan,
+        settings=dict.fromkeys(plan, resolved),
+        method=config,
+        base=reference if has_base and config.base_model != "unused" else None,
+        models=models,
+        carrier=reference,
+        seed=seed,
+        device=next((tensor.device for tensor in plan.values()), torch.device("cpu")),
+    )
 
 
 def _call_problems(
@@ -103,7 +110,7 @@ def _call_problems(
     return found
 
 
-def _tensor_problems(engine: Engine, reference: _InMemory, models: Sequence[_InMemory]) -> list[str]:
+def _tensor_problems(engine: Engine, reference: InMemory, models: Sequence[InMemory]) -> list[str]:
     labelled = {model.reference: model.tensors for model in models}
     unfit = [
         unmergeable(tensors, label) for label, tensors in {reference.reference: reference.tensors, **labelled}.items()
@@ -112,7 +119,7 @@ def _tensor_problems(engine: Engine, reference: _InMemory, models: Sequence[_InM
     return [*found, *setting_problems(engine.settings, len(models))]
 
 
-def _tied(reference: _InMemory, models: Sequence[_InMemory]) -> dict[str, str]:
+def _tied(reference: InMemory, models: Sequence[InMemory]) -> dict[str, str]:
     """Names that share their memory with an earlier name, in every state dict: merged once, as they were."""
     first, *others = (_earlier(model.tensors) for model in (reference, *models))
     return {name: name_of for name, name_of in first.items() if all(other.get(name) == name_of for other in others)}

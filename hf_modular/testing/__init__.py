@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         AdapterContract,
         LayerKind,
     )
+    from hf_modular.testing._merging import MergeCase, MergeContract
 
 # Loaded on first use: the contract of one family does not need what the other one does.
 _HOME = {
@@ -27,6 +28,8 @@ _HOME = {
     "AdapterCase": "_adapters",
     "AdapterContract": "_adapters",
     "LayerKind": "_adapters",
+    "MergeCase": "_merging",
+    "MergeContract": "_merging",
 }
 
 __all__ = [
@@ -39,6 +42,8 @@ __all__ = [
     "AdapterCase",
     "AdapterContract",
     "LayerKind",
+    "MergeCase",
+    "MergeContract",
 ]
 
 
