@@ -30,9 +30,9 @@ from hf_modular.adapters._layer import BASE, AdapterLayer
 from hf_modular.adapters._layout import layout_of
 from hf_modular.adapters._method import AdapterConfig, Site
 
-BATCH, IN, OUT = 5, 12, 20
+BATCH, IN, OUT, WIDE = 5, 12, 24, 36
 ADAPTERS = ("task_1", "task_2")
-TARGETS = ("first", "twin", "wide")
+TARGETS = ("first.fc", "twin.fc", "wide.fc")
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ NORMS: Mapping[str, LayerKind] = {
     "RMSNorm": LayerKind(lambda n: nn.RMSNorm(OUT), _features),
     "OffsetNorm": LayerKind(lambda n: _OffsetNorm(OUT), _features),
     "BatchNorm2d": LayerKind(lambda n: nn.BatchNorm2d(OUT), _images(OUT, 2, 3), 1),
-    "GroupNorm": LayerKind(lambda n: nn.GroupNorm(5, OUT), _images(OUT, 2, 3), 1),
+    "GroupNorm": LayerKind(lambda n: nn.GroupNorm(6, OUT), _images(OUT, 2, 3), 1),
 }
 WEIGHT_MATRICES: Mapping[str, LayerKind] = {**LINEAR_LAYERS, **CONV_LAYERS, **EMBEDDINGS}
 ALL_LAYERS: Mapping[str, LayerKind] = {**WEIGHT_MATRICES, **NORMS}
@@ -98,13 +98,22 @@ ALL_LAYERS: Mapping[str, LayerKind] = {**WEIGHT_MATRICES, **NORMS}
 _FOREIGN = {"PReLU": LayerKind(lambda n: nn.PReLU(OUT), _images(OUT, 3), 1)}
 
 
+class _Block(nn.Module):
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.fc = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x)
+
+
 class _Toy(nn.Module):
-    """Three layers of one kind: two of the same shape, and a wider one."""
+    """Three layers of one kind and one name: two of the same shape, which may share something, and a wider one."""
 
     def __init__(self, kind: LayerKind) -> None:
         super().__init__()
         self.channel = kind.channel
-        self.first, self.twin, self.wide = kind.make(OUT), kind.make(OUT), kind.make(OUT + 8)
+        self.first, self.twin, self.wide = (_Block(kind.make(size)) for size in (OUT, OUT, WIDE))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([self.first(x) * torch.tanh(self.twin(x)), self.wide(x)], self.channel)
@@ -183,9 +192,9 @@ class Trial:
         """The model with `count` adapters, all active; `moved` away from where they start."""
         names = ADAPTERS[:count]
         with seeded(self.case.seed + 2):
-            model = get_peft_model(self.base(dtype), self.case.config(target_modules=list(TARGETS)), names[0])
+            model = get_peft_model(self.base(dtype), self.case.config(target_modules=["fc"]), names[0])
             for name in names[1:]:
-                model.add_adapter(name, self.case.config(target_modules=list(TARGETS)))
+                model.add_adapter(name, self.case.config(target_modules=["fc"]))
             model.base_model.set_adapter(list(names))
             for parameter in trainable(model).values() if moved else ():
                 parameter.data.add_(torch.randn_like(parameter), alpha=0.3)
@@ -220,7 +229,8 @@ def _layers(model: nn.Module) -> list[AdapterLayer]:
 
 def _base_state(model: nn.Module) -> dict[str, Tensor]:
     """The base model's tensors under their own names, whether it is wrapped or not."""
-    state = {name: tensor for name, tensor in model.state_dict().items() if "hfm_" not in name}
+    slots = {f".{layer.adapter_layer_names[0]}." for layer in _layers(model)}
+    state = {name: tensor for name, tensor in model.state_dict().items() if not any(slot in name for slot in slots)}
     return {n.removeprefix("base_model.model.").replace(".base_layer.", "."): t.clone() for n, t in state.items()}
 
 
@@ -235,11 +245,11 @@ def same(actual: Any, expected: Any, message: str) -> None:
     assert_close(actual, expected, rtol=0, atol=0, equal_nan=True, msg=lambda text: f"{message}\n{text}")
 
 
-def close(actual: Any, expected: Any, message: str) -> None:
-    """Equal up to the rounding of the dtype."""
-    half = any(t.dtype == torch.bfloat16 for t in (actual, expected))
-    rtol, atol = (0.05, 0.05) if half else (1e-4, 1e-5)
-    assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda text: f"{message}\n{text}")
+def close(actual: Tensor, expected: Tensor, message: str) -> None:
+    """Equal up to the rounding of the dtype, beside the largest entry."""
+    rounding = 0.04 if torch.bfloat16 in (actual.dtype, expected.dtype) else 1e-5
+    atol = rounding * max(1.0, float(expected.detach().abs().max()))
+    assert_close(actual, expected, rtol=rounding, atol=atol, msg=lambda text: f"{message}\n{text}")
 
 
 class AdapterContract:
@@ -311,7 +321,7 @@ class AdapterContract:
         before = _base_state(model)
         next(_layers(model)[-1].adapters[ADAPTERS[0]].parameters()).data.fill_(torch.nan)
         for merge in (model.merge_adapter, model.merge_and_unload):
-            with pytest.raises(ValueError, match=r"'(first|twin|wide)'.*NaN"):
+            with pytest.raises(ValueError, match=r"'(first|twin|wide)\.fc'.*NaN"):
                 merge(safe_merge=True)
             same(_base_state(model), before, "A refused merge has written something.")
             require(not any(layer.merged for layer in _layers(model)), "A refused merge has merged a layer.")
@@ -379,7 +389,7 @@ class AdapterContract:
         x, model = trial.input(), trial.adapted(count=2)
         model.save_pretrained(tmp_path)
         with seeded(99):
-            other = get_peft_model(trial.base(), trial.case.config(target_modules=list(TARGETS)), "mine").eval()
+            other = get_peft_model(trial.base(), trial.case.config(target_modules=["fc"]), "mine").eval()
         other.load_adapter(tmp_path / ADAPTERS[1], "theirs")
         other.set_adapter("theirs")
         model.set_adapter(ADAPTERS[1])
@@ -410,8 +420,7 @@ class AdapterContract:
             gradients = [torch.autograd.grad((y * slopes).sum(), parameters) for y in outputs]
             close(outputs[0], rewritten, f"The cheap forward of '{layer.site.name}' is another function.")
             for cheap, full in zip(*gradients, strict=True):
-                scale = full.abs().max().clamp(min=1)
-                close(cheap / scale, full / scale, f"The cheap forward of '{layer.site.name}' has other gradients.")
+                close(cheap, full, f"The cheap forward of '{layer.site.name}' has other gradients.")
 
     # 11
     def test_dtypes_and_devices_stay(self, trial: Trial, dtype: torch.dtype, count: int) -> None:
@@ -451,8 +460,8 @@ class AdapterContract:
     def test_an_unsupported_layer_is_refused_by_name_and_nothing_changes(self, refused: Trial) -> None:
         base, x = refused.base(), refused.input()
         before = _run(base, x), dict(base.named_modules()), list(trainable(base))
-        with pytest.raises((TypeError, ValueError), match="'first'"):
-            get_peft_model(base, refused.case.config(target_modules=list(TARGETS)), ADAPTERS[0])
+        with pytest.raises((TypeError, ValueError), match=r"'first\.fc'"):
+            get_peft_model(base, refused.case.config(target_modules=["fc"]), ADAPTERS[0])
         after = _run(base, x), dict(base.named_modules()), list(trainable(base))
         require(after[1:] == before[1:], "The refused adapter has left something behind.")
         same(after[0], before[0], "The refused adapter has changed the model.")
