@@ -170,7 +170,7 @@ def _replay(parents: list[Parent]) -> str:
     absent = [f"`{parent.origin.label}`" for parent in parents if parent.origin.id is None]
     run = f"`hf-modular merge {MERGE_RECIPE} OUTPUT` makes the same weights again, bit for bit"
     if absent:
-        return f"{run}, for who has {', '.join(absent)} and puts the paths into the recipe."
+        return f"{run}, for whoever has {', '.join(absent)} and puts the paths into the recipe."
     unpinned = any(parent.origin.revision is None for parent in parents)
     return f"{run}{', as long as the models on the Hub are not changed' if unpinned else ''}."
 

@@ -8,7 +8,7 @@ import json
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -53,6 +53,43 @@ def merge(
         typer.echo(report.to_json())
     elif not quiet:
         typer.echo(f"{report.summary()}: {output}")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="An adapter or a model checkpoint.")],
+    license: Annotated[str | None, typer.Option(help="The licence, as the Hub spells it.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The Hub id of an adapter's base model.")] = None,
+) -> None:
+    """Write the folder's model card, README.md."""
+    from hf_modular.cards import save_card
+
+    typer.echo(save_card(folder, **_given(license=license, base_model=base_model)))
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="An adapter or a model checkpoint.")],
+    repo_id: Annotated[str, typer.Argument(help="The repository; it is created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Create it as a private one.")] = False,
+    revision: Annotated[str | None, typer.Option(help="The branch; it is created if it does not exist.")] = None,
+    license: Annotated[str | None, typer.Option(help="The licence, as the Hub spells it.")] = None,
+    base_model: Annotated[str | None, typer.Option(help="The Hub id of an adapter's base model.")] = None,
+    accept_license: Annotated[
+        bool, typer.Option("--accept-license", help="I have read the parents' differing licences.")
+    ] = False,
+) -> None:
+    """Publish a folder on the Hub with a model card, in one commit, as whom `hf auth login` or HF_TOKEN says."""
+    from hf_modular.hub import push_to_hub
+
+    facts = _given(license=license, base_model=base_model)
+    commit = push_to_hub(folder, repo_id, private=private, revision=revision, accept_license=accept_license, **facts)
+    typer.echo(commit.commit_url)
+
+
+def _given(**options: Any) -> Any:
+    """The options that were given."""
+    return {name: value for name, value in options.items() if value is not None}
 
 
 @app.command()

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.errors import HTTPError as AnyHttpError  # type: ignore[attr-defined]  # its base class
 from huggingface_hub.hf_api import RepoFile, RepoSibling
 
 from hf_modular._artifact import CARD, OWNED, Artifact, check_values, read_artifact
@@ -77,6 +78,7 @@ def push_to_hub(
         ValueError: If something in the folder must not be published, or the Hub holds something else afterwards.
         FileNotFoundError: If the folder holds neither an adapter nor a model.
         huggingface_hub.errors.HfHubHTTPError: If the Hub refuses.
+        ConnectionError: If the Hub cannot be reached or does not take a file.
     """
     artifact = read_artifact(folder)
     check_values(artifact)
@@ -180,13 +182,16 @@ def _commit(
         left_out = "\n".join(f"  {path}: {reason}" for path, reason in artifact.left_out.items())
         logger.warning("These files of %s are left out of the upload:\n%s", artifact.folder, left_out)
     parent = target.head or _create(api, target, private, revision)
-    commit = api.create_commit(
-        target.id,
-        [*_removals(target, uploads), *uploads],
-        commit_message=f"Upload {artifact.kind} with hf_modular",
-        revision=revision,
-        parent_commit=parent,
-    )
+    try:
+        commit = api.create_commit(
+            target.id,
+            [*_removals(target, uploads), *uploads],
+            commit_message=f"Upload {artifact.kind} with hf_modular",
+            revision=revision,
+            parent_commit=parent,
+        )
+    except RuntimeError as error:  # how the client reports the file that it could not send
+        raise ConnectionError(f"{error} {error.__cause__} Nothing was committed; push again.") from error
     _refuse_difference(api, target.id, commit.oid, uploads)
     return commit
 
@@ -238,3 +243,7 @@ def _remedies() -> Iterator[None]:
         if error.response.status_code in _REMEDIES:
             error.append_to_message(f"\n\n{_REMEDIES[error.response.status_code]}")
         raise
+    except AnyHttpError as error:
+        raise ConnectionError(
+            f"The connection to the Hub failed: {error}. Pushing again is safe: what is there is not sent twice."
+        ) from error

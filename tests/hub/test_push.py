@@ -241,11 +241,14 @@ def test_a_passing_fault_is_overcome(endpoint, trouble, hub, lora):
 @pytest.mark.parametrize(
     ("method", "path", "trouble", "error"),
     [
-        ("PUT", "/lfs/", "drop", RuntimeError),
-        ("PUT", "/lfs/", 500, RuntimeError),
-        ("PUT", "/lfs/", "corrupt", RuntimeError),
+        ("PUT", "/lfs/", "drop", ConnectionError),
+        ("PUT", "/lfs/", 500, ConnectionError),
+        ("PUT", "/lfs/", "corrupt", ConnectionError),
+        ("POST", "/verify", 404, ConnectionError),
         ("POST", "/commit/", 500, HfHubHTTPError),
-        ("POST", "/verify", 404, RuntimeError),
+        ("POST", "/commit/", "drop", ConnectionError),
+        ("GET", "/api/models/", "drop", ConnectionError),
+        ("POST", "/api/repos/create", "drop", ConnectionError),
     ],
 )
 def test_a_lasting_fault_leaves_the_repository_as_it_was(method, path, trouble, error, hub, lora):

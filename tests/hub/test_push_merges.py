@@ -116,7 +116,7 @@ def test_no_path_of_a_parent_is_told(hub, bases, merged, publish, tmp_path):
     assert f"| `expert-a` (a local folder, not on the Hub) | `{SHA}` | `0.5` | unknown |" in card.text
     recipe = yaml.safe_load(hub.repos[REPO].files["merge_recipe.yaml"].data)
     assert [entry["model"] for entry in recipe["models"]] == ["path/to/expert-a", "path/to/expert-b"]
-    assert "for who has `expert-a`, `expert-b`" in card.text
+    assert "for whoever has `expert-a`, `expert-b`" in card.text
     assert "license" not in card.data.to_dict()
 
 
