@@ -2,7 +2,7 @@
 
 PEFT, the Trainer and huggingface_hub write template cards that say nothing; a new card replaces them. What they
 measured is carried over: the Trainer's account of its run and its results. A card of ours ends in a seal, a hash of
-its text: while the seal fits, nobody has edited it and it may be made again.
+its text: while the seal fits, nobody has edited it, and it may be made again with what it was told before.
 """
 
 import hashlib
@@ -17,11 +17,18 @@ from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from hf_modular._origins import parse_metadata
 
 UNKNOWN = "Unknown"
-PROCEDURE = "## Training procedure"
+# sections that hold what a card was told; the others are made from the files
+DATA, PROCEDURE, LIMITS = "Training data", "Training procedure", "Intended use and limits"
 
 _SEAL = re.compile(r"\n*<!-- hf_modular card ([0-9a-f]{16}): a text that you change is kept -->\n*\Z")
-_PROCEDURE = re.compile(rf"^{PROCEDURE}\n(.*?)(?=^# |^## |\Z)", re.DOTALL | re.MULTILINE)
-_RESULTS = re.compile(r"^It achieves the following results on the evaluation set:\n((?:- .*\n?)+)", re.MULTILINE)
+_SECTION = r"^## {}\n(.*?)(?=^## |\Z)"
+_PROCEDURE = re.compile(_SECTION.format(PROCEDURE), re.DOTALL | re.MULTILINE)
+_RESULTS = re.compile(
+    r"^(?:It achieves the following results on the evaluation set:\n|The Trainer's results on its evaluation set:\n\n)"
+    r"((?:- .*\n?)+)",
+    re.MULTILINE,
+)
+_INTRODUCTION = re.compile(r"\A\s*# .*?\n\n(.*?)\n## How to use", re.DOTALL)
 _TRAINER = "This model card has been generated automatically according to the information the Trainer had access to"
 _LOADING_NOTE = re.compile(r"^## Loading this adapter\n.*?^```python\n.*?^```\n", re.DOTALL | re.MULTILINE)
 _GENERATED = re.compile(
@@ -51,7 +58,8 @@ class CardText:
 
     metadata: dict[str, Any]
     body: str | None  # what a person wrote; None if nobody did
-    procedure: str | None  # the text of its section "Training procedure"
+    told: dict[str, str]  # sections of a card that a program made -> their text
+    summary: str | None  # what a card of ours was told to begin with
     results: str | None  # the Trainer's list of results
     derived_license: str | None  # what an earlier card of ours found out; it may have changed
 
@@ -60,13 +68,14 @@ def read_card(text: str) -> CardText:
     """Take a README apart."""
     block = REGEX_YAML_BLOCK.search(text)
     body = (text[block.end() :] if block else text).replace("\r\n", "\n")
-    procedure, results = _PROCEDURE.search(body), _RESULTS.search(body)
+    results = _RESULTS.search(body)
     return CardText(
-        parse_metadata(text),
-        None if _is_generated(body) else body,
-        _known(procedure[1]) if procedure else None,
-        results[1].strip() if results else None,
-        _derived_license(body),
+        metadata=parse_metadata(text),
+        body=None if _is_generated(body) else body,
+        told={name: told for name in (DATA, PROCEDURE, LIMITS) if (told := _section(body, name))},
+        summary=_summary(body),
+        results=results[1].strip() if results else None,
+        derived_license=_derived_license(body),
     )
 
 
@@ -100,10 +109,18 @@ def _derived_license(body: str) -> str | None:
     return found[1] if found and _SEAL.search(body) else None
 
 
-def _known(section: str) -> str | None:
-    """A section's text, unless it says that nothing is known or only quotes versions."""
-    text = re.split(r"^### Framework versions", section, flags=re.MULTILINE)[0].strip()
+def _section(body: str, name: str) -> str | None:
+    """A section's text, without what is made from metadata and versions; None if it says that nothing is known."""
+    found = re.search(_SECTION.format(re.escape(name)), body, re.DOTALL | re.MULTILINE)
+    text = re.split(r"^### Framework versions|^Datasets: ", found[1] if found else "", flags=re.MULTILINE)[0].strip()
     return None if not text or text.startswith(UNKNOWN) else text
+
+
+def _summary(body: str) -> str | None:
+    """The paragraphs of a card of ours before the last one of its introduction, which is made from the files."""
+    found = _INTRODUCTION.match(body) if _SEAL.search(body) else None
+    told = found[1].strip().rpartition("\n\n")[0] if found else None
+    return told or None
 
 
 def _digest(body: str) -> str:

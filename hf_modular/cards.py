@@ -4,6 +4,7 @@ A card states what is known and says "Unknown" for the rest; nothing in it is gu
 gets into it. Text that a person wrote stays: only its metadata are completed.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -16,7 +17,7 @@ from hf_modular._artifact import CARD, Artifact, read_artifact
 from hf_modular._card_adapter import describe_adapter
 from hf_modular._card_model import describe_model
 from hf_modular._card_subject import NO_ORIGIN, Place, Subject, size_text
-from hf_modular._card_text import CardText, read_card, seal
+from hf_modular._card_text import DATA, LIMITS, PROCEDURE, CardText, read_card, seal
 from hf_modular._origins import Lookup, cached_entry, is_hub_id, sha256_of
 from hf_modular._version import __version__
 from hf_modular.licenses import Terms, Verdict, resolve, stated_terms
@@ -29,7 +30,7 @@ class Facts(TypedDict, total=False):
 
     Args:
         base_model (`str`): The Hub id of the base model, where the adapter's config has a path.
-        summary (`str`): The first sentence of the card.
+        summary (`str`): What it is, to begin the card with.
         license (`str`): The licence, as the Hub spells it.
         language (`str | list[str]`): ISO 639 codes.
         pipeline_tag (`str`): The Hub's name of the task.
@@ -110,13 +111,14 @@ def make_card(
         template_str=_template("head.md", "usage.md", subject.template, "tail.md"),
         title=title,
         **_usage(subject),
-        summary=facts.get("summary") or subject.summary,
+        summary="\n\n".join(filter(None, [facts.get("summary") or old.summary, subject.summary])),
         **subject.variables,
-        training_data=facts.get("training_data") or _dataset_list(data),
-        procedure=facts.get("training_procedure") or old.procedure,
+        training_data=facts.get("training_data") or old.told.get(DATA),
+        datasets=_dataset_list(data),
+        procedure=facts.get("training_procedure") or old.told.get(PROCEDURE),
         results=[_result_row(result) for result in data.eval_results or []],
         trainer_results=old.results,
-        limits=facts.get("limits"),
+        limits=facts.get("limits") or old.told.get(LIMITS),
         license_text=_license_text(subject, verdict),
         size_text=size_text(artifact),
         digests=[(name, digest(name)) for name in artifact.weight_files],
@@ -131,6 +133,9 @@ def _checked(facts: Facts) -> Facts:
         raise TypeError(f"A card has no {sorted(unknown)}; it may be told {sorted(Facts.__annotations__)}.")
     if (base := facts.get("base_model")) and not is_hub_id(base):
         raise ValueError(f"`base_model` must be the id of a Hub repository, but got {base!r}.")
+    for name, text in facts.items():
+        if isinstance(text, str) and re.search("^##? ", text, re.MULTILINE):
+            raise ValueError(f"`{name}` goes into a section of the card: its headings must begin with ###.")
     return facts
 
 

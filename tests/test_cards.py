@@ -263,7 +263,8 @@ def test_the_trainers_account_is_carried_over(adapter):
         assert "generated_from_trainer" in card.data.tags
         assert "a/b" not in card.text
     (adapter / "README.md").write_text(TRAINER_CARD)
-    assert "- Loss: 0.5\n- Accuracy: 0.9" in saved(adapter).text.split("## Evaluation")[1].split("\n## ")[0]
+    for _ in range(2):
+        assert "- Loss: 0.5\n- Accuracy: 0.9" in saved(adapter).text.split("## Evaluation")[1].split("\n## ")[0]
 
 
 # ---- the card
@@ -284,6 +285,28 @@ def test_our_own_text_is_made_anew_until_somebody_edits_it(adapter):
     card = saved(adapter)
     assert "For verse only." in card.text
     assert "| `r` | `9` |" in card.text
+
+
+def test_what_a_card_was_told_stays_when_it_is_made_anew(adapter):
+    told = {
+        "summary": "Verse, line by line.\n\nIt rhymes.",
+        "training_data": "A thousand\n\nsonnets.",
+        "training_procedure": "### Optimizer\n\nAdamW.",
+        "limits": "For verse only.",
+    }
+    first = saved(adapter, **told).content
+    assert all(text in first for text in told.values())
+    assert saved(adapter).content == first
+    configure(adapter, r=9)
+    again = saved(adapter, limits="For sonnets only.").text
+    assert "| `r` | `9` |" in again
+    assert "For verse only." not in again
+    assert "For sonnets only." in again
+    assert told["training_data"] in again
+    for _ in range(2):
+        section = saved(adapter, datasets=["org/sonnets"]).text.split("## Training data\n\n")[1].split("\n## ")[0]
+        page = "https://huggingface.co/datasets/org/sonnets"
+        assert section == f"{told['training_data']}\n\nDatasets: [org/sonnets]({page})\n"
 
 
 def test_the_facts_of_an_adapter(adapter):

@@ -154,6 +154,7 @@ def test_links_and_folders_inside_are_followed_or_left_out(hub: Hub, sharded: Pa
     ("facts", "error", "message"),
     [
         ({"metric": []}, TypeError, r"A card has no \['metric'\]"),
+        ({"limits": "## Mine"}, ValueError, "its headings must begin with ###"),
         ({"base_model": "/home/me/base"}, ValueError, "must be the id of a Hub repository, but got '/home/me/base'"),
     ],
 )
