@@ -102,8 +102,9 @@ class _Job:
     @cached_property
     def inputs(self) -> dict[str, TensorInfo]:
         """The tensors of the reference model."""
+        names = self.names.names  # before the tensors: it decides what they are
         tensors = self.reference.tensors
-        return {name: tensors[name] for name in self.names.names}
+        return {name: tensors[name] for name in names}
 
     @cached_property
     def plan(self) -> dict[str, TensorInfo]:

@@ -17,6 +17,8 @@ class Workers:
     """A pool of threads; torch and file operations run beside each other in them."""
 
     def __init__(self, count: int | None) -> None:
+        if count is not None and count < 1:
+            raise ValueError(f"`workers` must be at least 1, but got workers={count}")
         self.count = count or min(usable_cores(), 16)
         self._pool = ThreadPoolExecutor(self.count, thread_name_prefix="merge")
 
