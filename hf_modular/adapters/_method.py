@@ -5,11 +5,12 @@ them, so one formula serves Linear, GPT-2's Conv1D, convolutions, embeddings, no
 Everything else (several adapters, mixed batches, merging, dtypes, saving) is done by `_layer.py` and `_peft.py`.
 """
 
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_origin
 
 import torch
 import torch.nn.functional as F
@@ -103,16 +104,18 @@ class AdapterConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.type_name)
+        for setting in fields(self):
+            require_type(setting.name, getattr(self, setting.name), setting.type)
+        require_rank("format_version", self.format_version)
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"This adapter was saved in format_version={self.format_version}, and the installed hf_modular reads "
                 f"up to {FORMAT_VERSION}. Upgrade hf_modular to load it."
             )
-        # PEFT matches against sets; JSON and users give lists
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self.target_modules = _selection("target_modules", self.target_modules)
+        self.exclude_modules = _selection("exclude_modules", self.exclude_modules)
+        if isinstance(self.modules_to_save, str):  # PEFT would take it for a list of its letters
+            raise TypeError(f"`modules_to_save` must be a list of names, but got {self.modules_to_save=}.")
         require_choice("bias", self.bias, ["none", "all", f"{self.type_name.lower()}_only"])
         self._check_layer_selection()
 
@@ -135,6 +138,10 @@ class AdapterConfig(PeftConfig):
         """What these settings put into `modules_to_save` beside what the user has put there."""
         return []
 
+    def to_dict(self) -> dict[str, Any]:
+        """The settings as JSON has them, in an order that is always the same."""
+        return {name: sorted(v) if isinstance(v, set) else v for name, v in super().to_dict().items()}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save as PEFT does, and say in the folder's README what to import before loading."""
         super().save_pretrained(save_directory, **kwargs)
@@ -153,7 +160,12 @@ def norm_names(model: nn.Module) -> list[str]:
     """The norms of a model, as `modules_to_save` names them: the last parts of their names if those say enough."""
     norms = {_original(name) for name, module in model.named_modules() if _is_norm(module)}
     ends = {name.rpartition(".")[2] for name in norms}
-    named = {_original(name) for name, _ in model.named_modules() if name.endswith(tuple(ends))}
+    # PEFT takes a name for an end of a module's name in one place, and for a part of it in another
+    named = {
+        _original(name)
+        for name, _ in model.named_modules()
+        if name.endswith(tuple(ends)) or not ends.isdisjoint(name.split("."))
+    }
     return sorted(ends if named == norms else norms)
 
 
@@ -165,6 +177,37 @@ def _original(name: str) -> str:
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
     return "norm" in type(module).__name__.lower() and isinstance(weight, Tensor) and weight.ndim == 1
+
+
+def _selection(name: str, value: Any) -> Any:
+    """What selects modules, as PEFT matches it: a set of names, or a regular expression."""
+    if isinstance(value, str):
+        _require_pattern(name, value)
+        return value
+    if value is None or (isinstance(value, Collection) and all(isinstance(part, str) for part in value)):
+        return None if value is None else set(value)
+    raise TypeError(f"`{name}` must be a list of names or a regular expression, but got {name}={value!r}.")
+
+
+def _require_pattern(name: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{name}` must be a regular expression, but got {name}={pattern!r}: {error}.") from error
+
+
+def require_type(name: str, value: object, kind: object) -> None:
+    """Refuse a setting that is not of its field's type, for the types that can be told."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool and not isinstance(value, bool):
+        raise TypeError(f"`{name}` must be True or False, but got {name}={value!r}.")
+    if kind is float and not (number and math.isfinite(value)):  # type: ignore[arg-type]
+        raise TypeError(f"`{name}` must be a finite number, but got {name}={value!r}.")
+    if get_origin(kind) is dict:
+        if not isinstance(value, dict):
+            raise TypeError(f"`{name}` must be a dict of patterns and values, but got {name}={value!r}.")
+        for pattern in value:
+            _require_pattern(name, pattern)
 
 
 def require_between(name: str, value: float, low: float, high: float, *, open_high: bool = False) -> None:
