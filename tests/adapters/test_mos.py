@@ -193,7 +193,6 @@ LAW = r"\(r - private_r\) <= \(budget_r - private_r\) \* layers must hold, but r
         ({"shards": 3}, "shards=3 does not divide the output side of 'blocks.0.wide', 20"),
         ({"r": 0}, "`r` must be a positive integer, but got r=0"),
         ({"shards": 0}, "`shards` must be a positive integer"),
-        ({"budget_r": 1.5}, "`budget_r` must be a positive integer"),
         ({"private_r": 3}, r"`private_r` must be in \[0, 2\]"),
         ({"private_r": 2, "r": 1}, "`r` must not be below `private_r`, but got r=1"),
         ({"private_r": 2, "r": 4}, "every shard is private, and `r` must be the same, but got r=4"),
