@@ -14,16 +14,19 @@ if TYPE_CHECKING:
     from hf_modular.adapters import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
     from hf_modular.hub import push_to_hub
     from hf_modular.merging import (
+        BreadcrumbsConfig,
         DAREConfig,
         LinearConfig,
         MergeRecipe,
         MergeReport,
         TaskArithmeticConfig,
+        TIESConfig,
         merge,
         merge_state_dicts,
     )
 
 _HOME = {
+    "BreadcrumbsConfig": "merging",
     "CompacterConfig": "adapters",
     "DAREConfig": "merging",
     "FLoRAConfig": "adapters",
@@ -33,6 +36,7 @@ _HOME = {
     "MergeReport": "merging",
     "MoSConfig": "adapters",
     "SSFConfig": "adapters",
+    "TIESConfig": "merging",
     "TaskArithmeticConfig": "merging",
     "merge": "merging",
     "merge_state_dicts": "merging",
@@ -41,6 +45,7 @@ _HOME = {
 }
 
 __all__ = [
+    "BreadcrumbsConfig",
     "CompacterConfig",
     "DAREConfig",
     "FLoRAConfig",
@@ -50,6 +55,7 @@ __all__ = [
     "MergeReport",
     "MoSConfig",
     "SSFConfig",
+    "TIESConfig",
     "TaskArithmeticConfig",
     "__version__",
     "merge",

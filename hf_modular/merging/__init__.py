@@ -9,22 +9,33 @@ if TYPE_CHECKING:
     from hf_modular.merging._recipe import MergeRecipe
     from hf_modular.merging._report import MergeReport
     from hf_modular.merging._stream import merge
+    from hf_modular.merging.breadcrumbs import BreadcrumbsConfig
     from hf_modular.merging.dare import DAREConfig
     from hf_modular.merging.linear import LinearConfig
     from hf_modular.merging.pcb import PCBConfig
     from hf_modular.merging.task_arithmetic import TaskArithmeticConfig
+    from hf_modular.merging.ties import TIESConfig
 
     METHODS: dict[str, type[MergeMethod]]
 
-_METHODS = ("LinearConfig", "TaskArithmeticConfig", "DAREConfig", "PCBConfig")  # in the order in which they are listed
+_METHODS = (
+    "LinearConfig",
+    "TaskArithmeticConfig",
+    "DAREConfig",
+    "PCBConfig",
+    "TIESConfig",
+    "BreadcrumbsConfig",
+)  # in the order in which they are listed
 
 _HOME = {
+    "BreadcrumbsConfig": "breadcrumbs",
     "DAREConfig": "dare",
     "LinearConfig": "linear",
     "MergeMethod": "_method",
     "MergeRecipe": "_recipe",
     "MergeReport": "_report",
     "PCBConfig": "pcb",
+    "TIESConfig": "ties",
     "TaskArithmeticConfig": "task_arithmetic",
     "merge": "_stream",
     "merge_state_dicts": "_memory",
@@ -32,12 +43,14 @@ _HOME = {
 
 __all__ = [
     "METHODS",
+    "BreadcrumbsConfig",
     "DAREConfig",
     "LinearConfig",
     "MergeMethod",
     "MergeRecipe",
     "MergeReport",
     "PCBConfig",
+    "TIESConfig",
     "TaskArithmeticConfig",
     "merge",
     "merge_state_dicts",
