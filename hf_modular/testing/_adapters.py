@@ -30,7 +30,7 @@ from hf_modular.adapters._layer import BASE, AdapterLayer
 from hf_modular.adapters._layout import layout_of
 from hf_modular.adapters._method import AdapterConfig, Site
 
-BATCH, IN, OUT, WIDE = 5, 12, 24, 36
+BATCH, IN, OUT, WIDE = 5, 12, 24, 48
 ADAPTERS = ("task_1", "task_2")
 TARGETS = ("first.fc", "twin.fc", "wide.fc")
 
@@ -76,10 +76,10 @@ LINEAR_LAYERS: Mapping[str, LayerKind] = {
 }
 CONV_LAYERS: Mapping[str, LayerKind] = {
     "Conv1d": LayerKind(lambda n: nn.Conv1d(IN, n, 3, stride=2, padding=1), _images(IN, 9), 1),
-    "Conv2d": LayerKind(lambda n: nn.Conv2d(IN, n, (3, 2), padding=1, groups=4), _images(IN, 6, 7), 1),
+    "Conv2d": LayerKind(lambda n: nn.Conv2d(IN, n, (3, 2), padding=1, groups=3), _images(IN, 6, 7), 1),
     "Conv3d": LayerKind(lambda n: nn.Conv3d(IN, n, (1, 2, 3)), _images(IN, 2, 3, 4), 1),
     "ConvTranspose1d": LayerKind(lambda n: nn.ConvTranspose1d(IN, n, 3, stride=2), _images(IN, 4), 1),
-    "ConvTranspose2d": LayerKind(lambda n: nn.ConvTranspose2d(IN, n, (3, 2), groups=4), _images(IN, 3, 4), 1),
+    "ConvTranspose2d": LayerKind(lambda n: nn.ConvTranspose2d(IN, n, (3, 2), groups=3), _images(IN, 3, 4), 1),
 }
 EMBEDDINGS: Mapping[str, LayerKind] = {
     "Embedding": LayerKind(lambda n: nn.Embedding(IN, n), lambda: torch.randint(IN, (BATCH, 7))),

@@ -54,13 +54,13 @@ def never(site: Site) -> bool:
 METHODS = (
     AdapterCase(
         CompacterConfig,
-        {"reduction_factor": 3, "phm_rank": 2, "init_weights": True},
-        lambda sites: compacter(sites, factor=3, n=4, rank=2),
+        {"reduction_factor": 2, "phm_rank": 2, "init_weights": True},
+        lambda sites: compacter(sites, factor=2, n=4, rank=2),
         mergeable=never,
     ),
     AdapterCase(FLoRAConfig, {"r": 5}, lambda sites: flora(sites, [5] * 5), layers=WEIGHT_MATRICES),
     AdapterCase(HUTConfig, {"r": 5}, lambda sites: hut(sites, 5), layers=WEIGHT_MATRICES),
-    AdapterCase(MoSConfig, {"r": 3, "budget_r": 3, "shards": 3}, lambda sites: mos(sites, 3), layers=WEIGHT_MATRICES),
+    AdapterCase(MoSConfig, {"r": 3, "budget_r": 3, "shards": 4}, lambda sites: mos(sites, 3), layers=WEIGHT_MATRICES),
     AdapterCase(SSFConfig, {}, ssf, identity=False),
 )
 
