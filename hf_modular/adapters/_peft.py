@@ -28,6 +28,7 @@ USUAL_TARGETS = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     "vit": ["query", "value", "q_proj", "v_proj"],
 }
+FSDP_PREFIX = "_fsdp_wrapped_module."  # in the names of modules, not in those of a state dict
 
 
 class AdapterModel(BaseTuner):
@@ -300,6 +301,8 @@ def _name_once(adapter: Adapter, named: set[int]) -> None:
 
 
 def _leave_shared_out(adapter: Any, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    if FSDP_PREFIX in prefix:  # FSDP 1 insists on every name of a parameter
+        return
     for name in _tensors(adapter.shared):
         state_dict.pop(f"{prefix}shared.{name}", None)
 
@@ -319,7 +322,7 @@ def _first_names(model: nn.Module) -> dict[str, str]:
     names: dict[str, str] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if prefix.endswith(".shared"):
-            prefix = prefix.replace("_fsdp_wrapped_module.", "")  # as in a state dict
+            prefix = prefix.replace(FSDP_PREFIX, "")  # as in a state dict
             for name, tensor in _tensors(module).items():
                 names[f"{prefix}.{name}"] = first.setdefault(id(tensor), f"{prefix}.{name}")
     return names
