@@ -143,7 +143,12 @@ def make_hub_cache(cache: Path) -> None:
         make().save_pretrained(_snapshot(cache, name, "main"))
     resnet = "peft-internal-testing/tiny-random-ResNetForImageClassification"
     ConvNextImageProcessorPil(size={"shortest_edge": 64}).save_pretrained(_snapshot(cache, resnet, "main"))
-    adapter = {"peft_type": "LORA", "base_model_name_or_path": next(iter(MODELS)), "r": 8, "target_modules": ["q_proj"]}
+    adapter = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": next(iter(MODELS)),
+        "r": 8,
+        "target_modules": ["q_proj"],
+    }
     path = _snapshot(cache, *LORA_ADAPTER) / "adapter_config.json"
     path.write_text(json.dumps(adapter), encoding="utf-8")
     stamp.write_text(digest, encoding="utf-8")

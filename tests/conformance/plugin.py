@@ -8,19 +8,18 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from peft import PeftConfig
-from PIL import Image
-
 from conformance.methods import (
     BASELINES,
     DIFFERENT_ON_PURPOSE,
     METHODS,
+    NAMED,
     NOT_ABOUT_ADAPTERS,
     NOT_ASKED,
     PASSES_AS,
@@ -28,6 +27,8 @@ from conformance.methods import (
     rows_of_list,
     rows_of_test,
 )
+from peft import PeftConfig
+from PIL import Image
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -61,6 +62,7 @@ class Selection:
         self.method = METHODS.get(method)
         self.config: type[PeftConfig] = self.method.config if self.method else BASELINES[method]
         self.chosen: set[Any] = set()  # the test functions that got rows
+        self.seen: set[str] = set()  # the names of all tests and lists
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_collectstart(self, collector: pytest.Collector) -> None:
@@ -79,7 +81,9 @@ class Selection:
 
     def _fill(self, module: ModuleType) -> None:
         lists = {id(value): name for name, value in vars(module).items() if isinstance(value, (list, tuple))}
+        self.seen.update(lists.values())
         for test in _tests_of(module):
+            self.seen |= {test.__name__, place_of(test)}
             if test.__name__ in WRITTEN_FOR_LORA and self.method:
                 self.chosen.add(test)
             if refused(test):
@@ -106,20 +110,25 @@ class Selection:
         return rows_of_test(self.method, test.__name__) if any(_is_config(row) for row in old) else None
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Function]) -> None:
+        if gone := sorted(NAMED - self.seen):
+            raise pytest.UsageError(f"PEFT's tests have no {gone} any more; methods.py has to follow.")
         kept = [item for item in items if _function(item) in self.chosen]
         config.hook.pytest_deselected(items=[item for item in items if _function(item) not in self.chosen])
         items[:] = kept
+        for item in kept if self.method else []:
+            if reason := self.method.cannot.get(item.originalname):
+                item.add_marker(pytest.mark.skip(reason))
 
     @pytest.fixture(autouse=True)
     def our_class_takes_the_place(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
         if self.method is None:
             return
         test = request.node.originalname
-        places = [(module, name) for t, module, name in PASSES_AS if t == test]
+        for name, module, config, *rows in PASSES_AS:
+            if name == test and all(row in request.node.name for row in rows):
+                monkeypatch.setattr(f"tests.{module}.{config}", self.config)
         if test in WRITTEN_FOR_LORA:
-            places.append((request.module.__name__.rpartition(".")[2], "LoraConfig"))
-        for module, name in places:
-            monkeypatch.setattr(sys.modules[f"tests.{module}"], name, self.config)
+            monkeypatch.setattr(request.module, "LoraConfig", partial(self.config, **self.method.anywhere))
 
     def _answer_for_ours(self, module: ModuleType) -> None:
         """Let PEFT's questions about what a type can do be answered by our table."""
@@ -134,9 +143,12 @@ class Selection:
                     asking._skip_if_merging_not_supported = lambda *args: pytest.skip(self.method.unmergeable)
 
 
+def place_of(test: Any) -> str:
+    return f"{test.__name__} in {test.__module__.rpartition('.')[2]}"
+
+
 def refused(test: Any) -> bool:
-    place = f"{test.__name__} in {test.__module__.rpartition('.')[2]}"
-    return any(key in NOT_ABOUT_ADAPTERS or key in DIFFERENT_ON_PURPOSE for key in (test.__name__, place))
+    return any(key in NOT_ABOUT_ADAPTERS or key in DIFFERENT_ON_PURPOSE for key in (test.__name__, place_of(test)))
 
 
 def _tests_of(module: ModuleType) -> Iterator[Any]:
