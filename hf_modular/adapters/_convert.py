@@ -19,8 +19,8 @@ LoRA = tuple[Tensor, Tensor, float]  # A (r, in, *kernel), B (out, r), scaling
 def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig, dict[str, Tensor]]:
     """Express an adapter as a LoRA adapter, without loss.
 
-    Each layer keeps its rank and its scaling. What is trained whole beside the adapter (`modules_to_save`) comes
-    along. To write the folder that PEFT, or a server of LoRA adapters, loads:
+    Each layer keeps its rank and its scaling. What is trained beside the adapter (`modules_to_save`, tokens, biases)
+    comes along. To write the folder that PEFT, or a server of LoRA adapters, loads:
 
         config, state_dict = to_lora(model)
         config.save_pretrained(folder)
@@ -108,6 +108,7 @@ def _config(model: Any, adapter_name: str, layers: dict[str, AdapterLayer], lora
         fan_in_fan_out=all(isinstance(layer.base_layer, Conv1D) for layer in layers.values()),
         modules_to_save=ours.modules_to_save,
         trainable_token_indices=ours.trainable_token_indices,
+        bias="lora_only" if ours.bias.endswith("_only") else ours.bias,
         task_type=ours.task_type,
         base_model_name_or_path=ours.base_model_name_or_path,
         inference_mode=ours.inference_mode,

@@ -116,6 +116,15 @@ def test_what_is_trained_beside_comes_along(tmp_path):
     assert_close(run(lora), run(ours), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", ["all", "hfm_flora_only"])
+def test_trained_biases_and_tokens_come_along(bias: str, tmp_path):
+    config = FLoRAConfig(r=2, target_modules=["query"], bias=bias, trainable_token_indices={"word_embeddings": [1, 3]})
+    ours = move(get_peft_model(model("bert"), config)).eval()
+    lora = exported(ours, model("bert"), tmp_path)
+    assert lora.peft_config["default"].bias == bias.replace("hfm_flora", "lora")
+    assert_close(run(lora), run(ours), rtol=1e-5, atol=1e-5)
+
+
 def test_an_adapter_on_a_bare_transformers_model_and_one_of_several(tmp_path):
     ours = model("llama")
     ours.add_adapter(FLoRAConfig(r=2, target_modules=["q_proj"]), "one")
