@@ -1,6 +1,5 @@
 """All methods with their settings, read off the dataclasses that define them."""
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, asdict, dataclass, fields
 from typing import Any
@@ -38,20 +37,21 @@ class Method:
 
 
 def merge_methods() -> list[Method]:
-    from hf_modular.merging import METHODS
+    from hf_modular.merging import METHODS, MergeMethod
 
-    return [_method("merge", name, config, list(config.aliases)) for name, config in METHODS.items()]
+    return [_method("merge", name, config, MergeMethod, list(config.aliases)) for name, config in METHODS.items()]
 
 
 def adapter_methods() -> list[Method]:
-    from hf_modular.adapters import METHODS
+    from hf_modular.adapters import METHODS, AdapterConfig
 
-    return [_method("adapter", name, config, []) for name, (config, _) in METHODS.items()]
+    return [_method("adapter", name, config, AdapterConfig, []) for name, (config, _) in METHODS.items()]
 
 
-def _method(family: str, name: str, config: type[Any], also_called: list[str]) -> Method:
-    """Settings are the fields that the class adds itself; an adapter's host adds dozens of its own."""
-    own = [_setting(f) for f in fields(config) if f.name in inspect.get_annotations(config)]
+def _method(family: str, name: str, config: type[Any], common: type[Any], also_called: list[str]) -> Method:
+    """Settings are the fields beside those that all methods of the family have, such as PEFT's own."""
+    shared = {f.name for f in fields(common)}
+    own = [_setting(f) for f in fields(config) if f.name not in shared]
     return Method(family, name, config.__name__, (config.__doc__ or "").strip().splitlines()[0], own, also_called)
 
 

@@ -1,5 +1,6 @@
 """Safetensors folders: what the library writes is read, what we write it reads, and damage is named."""
 
+import errno
 import json
 import os
 import struct
@@ -137,6 +138,17 @@ def test_a_broken_run_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         broken(tmp_path / "old")
     assert list((tmp_path / "old").iterdir()) == []
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path, monkeypatch):
+    def full(descriptor, data, place):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with CheckpointWriter(tmp_path / "new", {"a": TensorInfo(torch.float32, (3,))}) as writer:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left on device"):
+            writer.write("a", torch.ones(3))
+    assert not (tmp_path / "new").exists()
 
 
 def test_what_a_killed_run_left_is_swept_up(tmp_path):

@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import islice
 from threading import Lock, local
 from typing import Any, Protocol
@@ -86,10 +86,9 @@ class Engine:
 
     def stack(self, piece: Piece) -> Stack:
         """A piece of all models. The next stack of the same thread takes its place in memory if it is a block."""
-        sources = [*([self.base] if self.base else []), *self.models]
-        dtype = arithmetic_dtype([*(s.tensors[piece.name].dtype for s in sources), self.plan[piece.name].dtype])
-        numbers = self._buffer(len(sources), piece, dtype)
-        for row, source in zip(numbers, sources, strict=True):
+        dtype = self._dtypes[piece.name]
+        numbers = self._buffer(len(self._sources), piece, dtype)
+        for row, source in zip(numbers, self._sources, strict=True):
             source.fill(piece.name, piece.start, row)
         shape = tuple(self.plan[piece.name].shape) if piece.whole else (piece.size,)
         numbers = numbers.view(-1, *shape)
@@ -98,7 +97,7 @@ class Engine:
             name=piece.name,
             base=numbers[0],
             models=numbers[1:] if self.base else numbers,
-            weights=torch.tensor(resolved.weights, dtype=dtype),
+            weights=_weights(resolved.weights, dtype, self.device),
             has_base=self.base is not None,
             offset=piece.start,
             seed=self.seed,
@@ -109,6 +108,17 @@ class Engine:
     def _sizes(self) -> dict[str, int]:
         """The sizes of the tensors that are merged."""
         return {name: _numel(like) for name, like in self.plan.items() if like.dtype.is_floating_point}
+
+    @cached_property
+    def _sources(self) -> list[Inputs]:
+        return [*([self.base] if self.base else []), *self.models]
+
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """What each tensor is merged in: fp32, or fp64 where one of the inputs or the result is fp64."""
+        tensors = [self.plan, *(source.tensors for source in self._sources)]
+        wide = {name for name in self._sizes if any(of[name].dtype == torch.float64 for of in tensors)}
+        return {name: torch.float64 if name in wide else torch.float32 for name in self._sizes}
 
     @cached_property
     def _whole(self) -> set[str]:
@@ -204,11 +214,6 @@ class Engine:
         return kept[str(dtype)][:need].view(rows, piece.size)
 
 
-def arithmetic_dtype(dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """fp32, or fp64 where a tensor is fp64."""
-    return torch.float64 if torch.float64 in dtypes else torch.float32
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Sums that torch splits over its own threads depend on their number, so each of ours gets only one."""
@@ -218,6 +223,11 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@lru_cache(maxsize=64)
+def _weights(weights: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(weights, dtype=dtype, device=device)
 
 
 def _numel(tensor: TensorLike) -> int:

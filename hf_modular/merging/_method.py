@@ -9,18 +9,20 @@ import math
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
 
+import torch
 from torch import Tensor
 
 from hf_modular.merging import _random
 
 CONFIG_NAME = "merge_config.json"
 
-BLOCK = 1 << 17  # elements of a chunk: a handful of them in fp32 fits the cache of a core
+RUN = 1 << 14  # elements of a run: a few dozen of them in fp32 fit the cache of a core
+BLOCK = 1 << 16  # elements of a chunk: a handful of them in fp32 fits the cache of a core
 
 T = TypeVar("T")
 
@@ -48,14 +50,36 @@ class Stack:
         """The task vectors, models - base."""
         return self.models - self.base
 
+    def task_vectors(self) -> Iterator[Tensor]:  # n times (*shape)
+        """models - base, one after the other in the same memory, for what needs only one at a time."""
+        delta = torch.empty_like(self.base)
+        return (torch.sub(model, self.base, out=delta) for model in self.models)
+
     def each(self, setting: str, default: T) -> tuple[T, ...]:
         """A per-model setting, one value for each model."""
         return self.settings.get(setting, (default,) * len(self.models))
 
+    def runs(self, size: int = RUN) -> "Iterator[Stack]":
+        """The elements a few at a time, flat, so that what a long computation makes of them stays in a core's cache."""
+        base, models = self.base.reshape(-1), self.models.reshape(len(self.models), -1)
+        companions = {name: tensor.reshape(len(tensor), -1) for name, tensor in self.companions.items()}
+        for start in range(0, max(len(base), 1), size):
+            part = slice(start, start + size)
+            yield replace(
+                self,
+                base=base[part],
+                models=models[:, part],
+                companions={name: tensor[:, part] for name, tensor in companions.items()},
+                offset=self.offset + start,
+            )
+
     def bernoulli(self, model: int, p: float) -> Tensor:  # (*shape)
-        """A mask that is True with probability p: a function of seed, tensor name, model and element."""
+        """1 with probability p, else 0: a function of seed, tensor name, model and element.
+
+        Numbers, because to multiply by booleans takes torch three times as long.
+        """
         mask = _random.bernoulli(self._key(model), self.offset, self.base.numel(), p)
-        return mask.to(self.base.device).view(self.base.shape)
+        return mask.view(torch.uint8).to(self.base).view(self.base.shape)
 
     def uniform(self, model: int) -> Tensor:  # (*shape)
         """Numbers in [0, 1), independent of `bernoulli`'s; they depend on the same things."""
@@ -204,16 +228,20 @@ def read_config(name_or_path: str | Path, **download: Any) -> dict[str, Any]:
     return settings
 
 
-def weighted_sum(weights: Iterable[float], terms: Iterable[Tensor]) -> Tensor:  # (*shape)
+def weighted_sum(weights: Tensor | Iterable[float], terms: Iterable[Tensor]) -> Tensor:  # (*shape)
     """Σ wᵢ tᵢ in the order given, each product and each sum rounded on its own.
 
     A matrix product or a fused multiply-add may round differently at the edge of a vector register or a
     block, and the result would depend on where a tensor is cut into chunks.
     """
-    total: Tensor | None = None
-    for weight, term in zip(map(float, weights), terms, strict=True):
-        product = term * weight
-        total = product if total is None else total.add_(product)
+    total = product = None
+    factors = weights.tolist() if isinstance(weights, Tensor) else weights
+    for weight, term in zip(factors, terms, strict=True):
+        if total is None:
+            total = term * weight
+        else:
+            product = torch.mul(term, weight, out=product)
+            total.add_(product)
     if total is None:
         raise ValueError("a weighted sum needs at least one term")
     return total

@@ -27,6 +27,6 @@ class TaskArithmeticConfig(MergeMethod):
         return True
 
     def merge(self, stack: Stack, survey: Any) -> Tensor:
-        mixed = weighted_sum(stack.weights, (model - stack.base for model in stack.models))
+        mixed = weighted_sum(stack.weights, stack.task_vectors())
         scale = self.scale / total_weight(stack.weights) if self.normalize else self.scale
         return mixed.mul_(scale).add_(stack.base)

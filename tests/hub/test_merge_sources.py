@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from server import Blob
 
 from hf_modular.checkpoints import save_checkpoint
-from hf_modular.merging import LinearConfig, MergeRecipe, merge
+from hf_modular.merging import DAREConfig, LinearConfig, MergeRecipe, merge
 
 
 def tensors(seed):
@@ -92,3 +92,13 @@ def test_an_index_on_the_hub_cannot_lead_elsewhere(hub, models, tmp_path):
     hub.add("me/evil", {"model.safetensors.index.json": Blob(index), "config.json": Blob(b"{}")})
     with pytest.raises((ValueError, FileNotFoundError), match="secret"):
         merge(MergeRecipe.of(LinearConfig(), ["me/evil", "me/two"]), tmp_path / "out")
+
+
+def test_settings_are_pushed_and_read_back(hub):
+    config = DAREConfig(drop=0.25, scale=0.5)
+    address = config.push_to_hub("me/settings", private=True)
+    assert hub.repos["me/settings"].log()[0].sha in address
+    assert hub.repos["me/settings"].private
+    assert DAREConfig.from_pretrained("me/settings") == config
+    with pytest.raises(ValueError, match="settings of 'linear', but got those of 'dare'"):
+        LinearConfig.from_pretrained("me/settings")
