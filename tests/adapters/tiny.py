@@ -36,11 +36,16 @@ TOKENS = torch.arange(14).reshape(2, 7) * 3 % 50
 _LLAMA = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 _BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_kv": 16, "d_ff": 64, "decoder_start_token_id": 0}
+_GEMMA = {**_LLAMA, "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+_VIT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 0, "eos_token_id": 1}
 _MAKERS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=50, **_LLAMA)),
     "bert": lambda: tf.BertModel(tf.BertConfig(vocab_size=50, **_BERT)),
     "t5": lambda: tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=50, **_T5)),
+    "classifier": lambda: tf.BertForSequenceClassification(tf.BertConfig(vocab_size=50, num_labels=3, **_BERT)),
+    "gemma": lambda: tf.GemmaForCausalLM(tf.GemmaConfig(vocab_size=50, **_GEMMA)),
+    "vit": lambda: tf.ViTForImageClassification(tf.ViTConfig(image_size=8, patch_size=4, num_labels=3, **_VIT)),
     "gpt2": lambda: tf.GPT2LMHeadModel(tf.GPT2Config(vocab_size=50, **_GPT2)),
 }
 
@@ -55,9 +60,15 @@ def model(kind: str) -> nn.Module:
 @torch.no_grad()
 def run(model: nn.Module, **kwargs: object) -> Tensor:
     """The model's first output on a few tokens."""
-    if getattr(model.config, "is_encoder_decoder", False):
-        kwargs["decoder_input_ids"] = TOKENS
-    return model(input_ids=TOKENS, **kwargs)[0]
+    return model(**inputs(model), **kwargs)[0]
+
+
+def inputs(model: nn.Module) -> dict[str, Tensor]:
+    if model.config.model_type == "vit":
+        return {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 64).reshape(2, 3, 8, 8)}
+    if model.config.is_encoder_decoder:
+        return {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+    return {"input_ids": TOKENS}
 
 
 def trainable(model: nn.Module) -> int:
