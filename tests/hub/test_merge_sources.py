@@ -96,9 +96,9 @@ def test_an_index_on_the_hub_cannot_lead_elsewhere(hub, models, tmp_path):
 
 def test_settings_are_pushed_and_read_back(hub):
     config = DAREConfig(drop=0.25, scale=0.5)
-    address = config.push_to_hub("me/settings", private=True)
-    assert hub.repos["me/settings"].log()[0].sha in address
-    assert hub.repos["me/settings"].private
-    assert DAREConfig.from_pretrained("me/settings") == config
+    address = config.push_to_hub("tester/settings", private=True)
+    assert hub.repos["tester/settings"].log()[0].sha in address
+    assert hub.repos["tester/settings"].private
+    assert DAREConfig.from_pretrained("tester/settings") == config
     with pytest.raises(ValueError, match="settings of 'linear', but got those of 'dare'"):
-        LinearConfig.from_pretrained("me/settings")
+        LinearConfig.from_pretrained("tester/settings")
