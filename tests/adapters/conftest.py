@@ -76,7 +76,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[AdapterCase, st
 
 
 def words() -> PreTrainedTokenizerFast:
-    """A tokenizer of the words t0 to t49."""
-    tokenizer = Tokenizer(models.WordLevel({f"t{i}": i for i in range(50)}, unk_token="t0"))
+    """A tokenizer of fifty words."""
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<end>", *(f"word{i}" for i in range(2, 50))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0", pad_token="t0", eos_token="t1")
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<pad>", pad_token="<pad>", eos_token="<end>")
