@@ -160,12 +160,7 @@ def norm_names(model: nn.Module) -> list[str]:
     """The norms of a model, as `modules_to_save` names them: the last parts of their names if those say enough."""
     norms = {_original(name) for name, module in model.named_modules() if _is_norm(module)}
     ends = {name.rpartition(".")[2] for name in norms}
-    # PEFT takes a name for an end of a module's name in one place, and for a part of it in another
-    named = {
-        _original(name)
-        for name, _ in model.named_modules()
-        if name.endswith(tuple(ends)) or not ends.isdisjoint(name.split("."))
-    }
+    named = {_original(name) for name, _ in model.named_modules() if name.endswith(tuple(ends))}
     return sorted(ends if named == norms else norms)
 
 

@@ -1,6 +1,7 @@
 """Compacter: PHM layers, the rule that they share, the published counts, places, norms."""
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 
 import hypothesis
@@ -383,18 +384,26 @@ def test_norms_are_trained_saved_and_switched_with_their_adapter(kind: str, tmp_
     assert_close(run(ours), expected)
 
 
-def test_norms_without_a_name_of_their_own_are_named_in_full():
-    class Numbered(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.body = nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2)))
+def layered(*names: str) -> nn.Sequential:
+    """Two blocks of a linear layer and a norm, under these names."""
+    first, second = names
+    return nn.Sequential(
+        *(nn.Sequential(OrderedDict({first: nn.Linear(8, 8), second: nn.LayerNorm(8)})) for _ in "12")
+    )
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.body(x)
 
-    model = adapted(Numbered(), target_modules=["0.0", "1.0"], train_layer_norm=True)
-    assert model.peft_config["default"].modules_to_save == ["body.0.1", "body.1.1"]
-    assert list(adapters(model)) == ["base_model.model.body.0.0", "base_model.model.body.1.0"]
+@pytest.mark.parametrize(
+    ("names", "saved"),
+    [
+        (("linear", "norm"), ["norm"]),
+        (("0", "1"), ["0.1", "1.1"]),  # `1` is a block too
+        (("down", "n"), ["0.n", "1.n"]),  # and `n` the end of `down`
+    ],
+)
+def test_norms_are_named_by_their_ends_if_nothing_else_ends_so(names: tuple[str, str], saved: list[str]):
+    model = adapted(layered(*names), target_modules=[f"{i}.{names[0]}" for i in range(2)], train_layer_norm=True)
+    assert model.peft_config["default"].modules_to_save == saved
+    assert list(adapters(model)) == [f"base_model.model.{i}.{names[0]}" for i in range(2)]
     assert sum("modules_to_save" in name for name, _ in model.named_parameters()) == 4
 
 
