@@ -1,8 +1,10 @@
 """Bringing a method into PEFT: the tuner model, and the registry. The only file that touches PEFT's registry."""
 
 import inspect
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from copy import copy
 from enum import Enum
 from functools import partial
 from typing import Any
@@ -11,7 +13,7 @@ import peft
 import torch
 from accelerate import init_empty_weights
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.peft_types import register_peft_method
@@ -70,9 +72,20 @@ class AdapterModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
         targets = peft_config.targets_for(model_config.get("model_type"))
-        if peft_config.target_modules is None and targets is not None:
+        given = peft_config.target_modules is not None
+        if not given and targets is not None:
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
-        return super()._prepare_adapter_config(peft_config, model_config)
+        peft_config = super()._prepare_adapter_config(peft_config, model_config)
+        if not given and isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
+            peft_config.target_modules = set(self._in_chosen_layers(peft_config))  # type: ignore[assignment]
+        return peft_config
+
+    def _in_chosen_layers(self, config: AdapterConfig) -> list[str]:
+        """The modules that a regular expression finds in the chosen layers; PEFT looks at the layers of lists only."""
+        found = [n for n, _ in self.model.named_modules() if re.fullmatch(str(config.target_modules), n)]
+        listed = copy(config)
+        listed.target_modules = [name.rpartition(".")[2] for name in found]
+        return [name for name in found if check_target_module_exists(listed, name)]
 
     def _create_and_replace(
         self,
