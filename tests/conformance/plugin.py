@@ -116,8 +116,9 @@ class Selection:
         config.hook.pytest_deselected(items=[item for item in items if _function(item) not in self.chosen])
         items[:] = kept
         for item in kept if self.method else []:
-            if reason := self.method.cannot.get(item.originalname):
-                item.add_marker(pytest.mark.skip(reason))
+            for (test, rows), reason in self.method.cannot.items():
+                if item.originalname == test and rows in item.name:
+                    item.add_marker(pytest.mark.skip(reason))
 
     @pytest.fixture(autouse=True)
     def our_class_takes_the_place(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
