@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from itertools import islice
 from threading import Lock, local
 from typing import Any, Protocol
 
@@ -17,12 +16,11 @@ import torch
 from torch import Tensor
 
 from hf_modular.merging._method import BLOCK, MergeMethod, Stack
-from hf_modular.merging._pieces import Piece, PieceStacks, cut
+from hf_modular.merging._pieces import Piece, Pieces, PieceStacks, grouped
 from hf_modular.merging._preflight import TensorLike, check_finite
 from hf_modular.merging._settings import Resolved
 from hf_modular.merging._workers import Budget, Workers
 
-_GROUP = 8  # blocks that a thread takes at a time
 _DEVICE_BLOCK = 1 << 23  # elements of a block on an accelerator, which small ones would leave waiting
 _WHOLE_TENSORS = 1 << 30  # bytes that whole tensors, for methods that need them, may take in all threads together
 
@@ -126,14 +124,13 @@ class Engine:
         return {name for name in self._sizes if not self.settings[name].method.elementwise}
 
     def _groups(self) -> Iterator[list[Piece]]:
-        """The pieces that a thread takes at a time; whole tensors from the largest on, so that none comes late."""
+        """The pieces that a thread takes at a time: whole tensors first, from the largest on, so none comes late."""
         sizes = {name: _numel(like) for name, like in self.plan.items()}
+        large_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
+        whole = {name: size for name, size in large_first.items() if name in self._whole}
+        yield from grouped(Pieces(whole, self._whole))
         block = self.block if self.device.type == "cpu" else _DEVICE_BLOCK
-        pieces = cut(sizes, whole=self._whole, block=block)
-        yield from ([piece] for piece in sorted(pieces, key=lambda piece: -piece.size) if piece.whole)
-        blocks = (piece for piece in pieces if not piece.whole)
-        while group := [*islice(blocks, _GROUP)]:
-            yield group
+        yield from grouped(Pieces({name: sizes[name] for name in sizes if name not in whole}, block=block))
 
     def _work(self, group: Sequence[Piece], survey: Any, output: Output) -> int:
         """Merge pieces and write them; returns the bytes written."""
@@ -177,23 +174,21 @@ class Engine:
             yield self.base.reference, stack.base
         yield from zip((model.reference for model in self.models), stack.models, strict=True)
 
+    # Surveys see blocks of BLOCK elements in every run: with others, what they sum up would be rounded differently.
+
     def _survey_model(self, pool: Workers) -> Any:
         if self.method.survey_scope == "tensor":
             return None
         method = self.settings[next(iter(self._sizes))].method if self._sizes else self.method
-        return method.survey(PieceStacks(self._survey_cut(self._sizes), self.stack, pool.map))
+        return method.survey(PieceStacks(Pieces(self._sizes, self._whole), self.stack, pool.map))
 
     def _survey_tensor(self, name: str, method: MergeMethod) -> Any:
         """Made by the first thread that needs it, while others that need the same wait."""
         with self._locks.setdefault(name, Lock()):
             if name not in self._surveys:
-                pieces = self._survey_cut({name: self._sizes[name]})
+                pieces = Pieces({name: self._sizes[name]}, self._whole)
                 self._surveys[name] = method.survey(PieceStacks(pieces, self.stack))
             return self._surveys[name]
-
-    def _survey_cut(self, sizes: Mapping[str, int]) -> list[Piece]:
-        """Blocks of the same size in every run: what a survey sums up would otherwise be rounded differently."""
-        return cut(sizes, whole=self._whole, block=BLOCK)
 
     @contextmanager
     def _room(self, piece: Piece) -> Iterator[None]:

@@ -59,15 +59,22 @@ def _notes(sources: Sequence[Source]) -> Iterator[str]:
 
 
 def _facts(source: Source) -> _Facts:
-    architectures = source.config.get("architectures") or [None]
-    if not (source.folder / CONFIG).is_file() or not isinstance(architectures[0], str):
+    """What transformers knows of the architecture; nothing of one that it does not have."""
+    architectures = source.config.get("architectures")
+    if not isinstance(architectures, list) or not architectures or not (source.folder / CONFIG).is_file():
         return _Facts()
     import torch
     import transformers
 
-    kind = getattr(transformers, architectures[0], None)
+    kind = getattr(transformers, str(architectures[0]), None)
     if kind is None or not hasattr(kind, "config_class"):
         return _Facts()
-    with torch.device("meta"):
-        model = kind(transformers.AutoConfig.from_pretrained(source.folder))
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.folder, trust_remote_code=False)
+        if getattr(config, "num_hidden_layers", 0) > len(source.weights.tensors):
+            return _Facts()  # not the config of these weights; to build a model of a million layers takes hours
+        with torch.device("meta"):
+            model = kind(config)
+    except Exception:  # whatever a config can do to somebody else's constructor: then we know nothing of it
+        return _Facts()
     return _Facts(model.all_tied_weights_keys, sorted(model._keys_to_ignore_on_load_unexpected or []))

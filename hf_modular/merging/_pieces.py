@@ -1,14 +1,15 @@
 """What is worked on at a time: a tensor, or a block of one."""
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import NamedTuple, TypeVar
+from itertools import chain, islice
+from typing import Any, NamedTuple, TypeVar
 
 from hf_modular.merging._method import BLOCK, Stack
 
 T = TypeVar("T")
 
+_GROUP = 8  # blocks that a thread takes at a time
 _SAMPLED = 32  # one block in so many is sampled
 _SAMPLE = 2048  # elements of it
 
@@ -22,37 +23,48 @@ class Piece(NamedTuple):
     whole: bool = False
 
 
-def cut(sizes: Mapping[str, int], *, whole: Container[str] = (), block: int = BLOCK) -> list[Piece]:
-    """All tensors in their order, in blocks unless they must be whole."""
-    pieces = (
-        [Piece(name, 0, size, whole=True)] if name in whole else _blocks(name, size, block)
-        for name, size in sizes.items()
-    )
-    return [*chain.from_iterable(pieces)]
+@dataclass(frozen=True)
+class Pieces:
+    """All tensors in their order, in blocks unless they must be whole; made anew each time, for they are many."""
 
+    sizes: Mapping[str, int]
+    whole: Container[str] = ()
+    block: int = BLOCK
 
-def _blocks(name: str, size: int, block: int) -> list[Piece]:
-    return [Piece(name, start, min(block, size - start)) for start in range(0, size, block)]
+    def __iter__(self) -> Iterator[Piece]:
+        for name, size in self.sizes.items():
+            if name in self.whole:
+                yield Piece(name, 0, size, whole=True)
+            else:
+                yield from (Piece(name, at, min(self.block, size - at)) for at in range(0, size, self.block))
 
 
 @dataclass(frozen=True, eq=False)
 class PieceStacks:
     """The stacks of some pieces, for a survey."""
 
-    pieces: Sequence[Piece]
+    pieces: Iterable[Piece]
     stack: Callable[[Piece], Stack]
-    run: Callable[[Callable[[Piece], T], Iterable[Piece]], Iterable[T]] = map
+    run: Callable[[Callable[[list[Piece]], list[Any]], Iterable[list[Piece]]], Iterable[list[Any]]] = map
 
     def __iter__(self) -> Iterator[Stack]:
         return map(self.stack, self.pieces)
 
     def map(self, function: Callable[[Stack], T]) -> Iterable[T]:
-        return self.run(lambda piece: function(self.stack(piece)), self.pieces)
+        results = self.run(lambda group: [function(self.stack(piece)) for piece in group], grouped(self.pieces))
+        return chain.from_iterable(results)
 
     def sample(self) -> Iterable[Stack]:
         """Of each tensor the first block and every 32nd after it, thinned."""
         chosen = (piece for piece in self.pieces if piece.start // BLOCK % _SAMPLED == 0)
         return (_thinned(self.stack(piece)) for piece in chosen)
+
+
+def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """A few blocks at a time, which is what a thread takes; a whole tensor alone."""
+    remaining = iter(pieces)
+    for piece in remaining:
+        yield [piece] if piece.whole else [piece, *islice(remaining, _GROUP - 1)]
 
 
 def _thinned(stack: Stack) -> Stack:

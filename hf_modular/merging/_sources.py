@@ -91,8 +91,10 @@ def open_source(reference: str) -> Source:
 def locate(reference: str) -> tuple[Path, str | None]:
     """The folder of a model, and the commit if it is a repository's."""
     path = Path(reference).expanduser()
-    if path.exists():
+    if path.is_dir():
         return path, None
+    if path.exists():
+        raise ValueError(f"a model must be given as its folder, but {reference} is a file")
     name, revision = _split(reference)
     if re.match(r"[./~]|.:", reference) or name.count("/") > 1 or "\\" in reference:
         raise FileNotFoundError(f"there is no folder {reference}")
