@@ -64,6 +64,8 @@ METHODS = (
     AdapterCase(SSFConfig, {}, ssf, identity=False),
 )
 
+MERGEABLE = tuple(case for case in METHODS if case.mergeable is not never)
+
 # What else has a path of its own.
 SETTINGS = (
     AdapterCase(
