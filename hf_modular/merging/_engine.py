@@ -89,7 +89,7 @@ class Engine:
         for row, source in zip(numbers, self._sources, strict=True):
             source.fill(piece.name, piece.start, row)
         shape = tuple(self.plan[piece.name].shape) if piece.whole else (piece.size,)
-        numbers = numbers.view(-1, *shape)
+        numbers = numbers.view(len(self._sources), *shape)
         resolved = self.settings[piece.name]
         return Stack(
             name=piece.name,
@@ -177,9 +177,9 @@ class Engine:
     # Surveys see blocks of BLOCK elements in every run: with others, what they sum up would be rounded differently.
 
     def _survey_model(self, pool: Workers) -> Any:
-        if self.method.survey_scope == "tensor":
+        method = next((self.settings[name].method for name in self._sizes), self.method)
+        if method.survey_scope == "tensor":
             return None
-        method = self.settings[next(iter(self._sizes))].method if self._sizes else self.method
         return method.survey(PieceStacks(Pieces(self._sizes, self._whole), self.stack, pool.map))
 
     def _survey_tensor(self, name: str, method: MergeMethod) -> Any:

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,7 +60,11 @@ class InMemory:
     tensors: StateDict
 
     def fill(self, name: str, start: int, out: Tensor) -> None:
-        out.copy_(self.tensors[name].detach().reshape(-1)[start : start + out.numel()])
+        out.copy_(self._flat[name][start : start + out.numel()])
+
+    @cached_property
+    def _flat(self) -> dict[str, Tensor]:
+        return {name: tensor.detach().reshape(-1) for name, tensor in self.tensors.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,7 +121,7 @@ def _tensor_problems(engine: Engine, reference: InMemory, models: Sequence[InMem
         unmergeable(tensors, label) for label, tensors in {reference.reference: reference.tensors, **labelled}.items()
     ]
     found = [*disagreements(reference.tensors, labelled), *(problem for problems in unfit for problem in problems)]
-    return [*found, *setting_problems(engine.settings, len(models))]
+    return [*found, *setting_problems(engine.settings, len(models), engine.base is not None)]
 
 
 def _tied(reference: InMemory, models: Sequence[InMemory]) -> dict[str, str]:

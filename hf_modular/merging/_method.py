@@ -21,7 +21,7 @@ from hf_modular.merging import _random
 
 CONFIG_NAME = "merge_config.json"
 
-RUN = 1 << 14  # elements of a run: a few dozen of them in fp32 fit the cache of a core
+RUN = 1 << 15  # elements of a run: a dozen of them in fp32 fit the cache of a core
 BLOCK = 1 << 16  # elements of a chunk: a handful of them in fp32 fits the cache of a core
 
 T = TypeVar("T")
@@ -129,6 +129,7 @@ class MergeMethod(ABC):
     name: ClassVar[str]  # in recipes and on the command line
     base_model: ClassVar[Literal["required", "optional", "unused"]] = "required"
     model_counts: ClassVar[tuple[int, float]] = (1, math.inf)  # how many models, beside the base, it merges
+    takes_weights: ClassVar[bool] = True  # else the models must not have any
     needs: ClassVar[frozenset[str]] = frozenset()  # companions to stream beside the weights
     aliases: ClassVar[Mapping[str, Alias]] = {}  # mergekit's names for this method
 

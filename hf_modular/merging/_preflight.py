@@ -63,13 +63,15 @@ def unmergeable(tensors: Mapping[str, TensorLike], label: str) -> Iterator[str]:
             )
 
 
-def setting_problems(settings: Mapping[str, Resolved], models: int) -> Iterator[str]:
+def setting_problems(settings: Mapping[str, Resolved], models: int, has_base: bool) -> Iterator[str]:
     """What the method has against its settings or weights, by a trial on a single zero for each that occurs."""
     different = {repr(resolved): (name, resolved) for name, resolved in reversed([*settings.items()])}
     for name, resolved in different.values():
         zeros = torch.zeros(models, 1)
-        stack = Stack(name, zeros[0], zeros, torch.tensor(resolved.weights), settings=resolved.each)
+        stack = Stack(name, zeros[0], zeros, torch.tensor(resolved.weights), has_base, settings=resolved.each)
         stacks = PieceStacks([Piece(name, 0, 1)], lambda piece, stack=stack: stack)  # type: ignore[misc]
+        if not resolved.method.takes_weights and any(weight != 1 for weight in resolved.weights):
+            yield f"{name}: {resolved.method.name!r} takes no weights, but got {list(resolved.weights)}"
         try:
             resolved.method.merge(stack, resolved.method.survey(stacks))
         except ValueError as error:

@@ -65,10 +65,10 @@ def merge(
     with ExitStack() as stack:
         job = _Job(recipe, _opened(recipe, stack), _device(device))
         refuse(job.problems(Path(output_dir), overwrite=overwrite))
-        pool = stack.enter_context(Workers(workers))
         writer = stack.enter_context(
             CheckpointWriter(output_dir, job.plan, max_shard_size=max_shard_size, overwrite=overwrite)
         )
+        pool = stack.enter_context(Workers(workers))  # after the writer, so that it ends before the files are closed
         job.run(writer, pool, progress=progress)
         job.add_settings(writer.staging)
         report = job.report(writer.files, pool, hashes=hashes, started=started)
@@ -142,7 +142,7 @@ class _Job:
         if self.recipe.settings.vary and _surveys_model(self.recipe.method):
             yield f"{self.recipe.merge_method!r} looks at the whole model: its settings must be alike for all tensors"
         else:
-            yield from setting_problems(self.engine.settings, len(self.models))
+            yield from setting_problems(self.engine.settings, len(self.models), self.engine.base is not None)
 
     def run(self, writer: CheckpointWriter, pool: Workers, *, progress: bool) -> None:
         from huggingface_hub.utils.tqdm import tqdm
