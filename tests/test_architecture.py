@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "adapters": {"_version", "checkpoints"},
     "merging": {"_version", "checkpoints"},
 }
-METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_select"}}
+METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}
 
 
 def imports(path: Path) -> set[str]:

@@ -9,10 +9,20 @@ if TYPE_CHECKING:
     from hf_modular.merging._recipe import MergeRecipe
     from hf_modular.merging._report import MergeReport
     from hf_modular.merging._stream import merge
+    from hf_modular.merging.arcee_fusion import ArceeFusionConfig
     from hf_modular.merging.breadcrumbs import BreadcrumbsConfig
     from hf_modular.merging.dare import DAREConfig
+    from hf_modular.merging.della import DELLAConfig
+    from hf_modular.merging.karcher import KarcherConfig
     from hf_modular.merging.linear import LinearConfig
+    from hf_modular.merging.model_stock import ModelStockConfig
+    from hf_modular.merging.multislerp import MultiSLERPConfig
+    from hf_modular.merging.nearswap import NearSwapConfig
+    from hf_modular.merging.nuslerp import NuSLERPConfig
+    from hf_modular.merging.passthrough import PassthroughConfig
     from hf_modular.merging.pcb import PCBConfig
+    from hf_modular.merging.sce import SCEConfig
+    from hf_modular.merging.slerp import SLERPConfig
     from hf_modular.merging.task_arithmetic import TaskArithmeticConfig
     from hf_modular.merging.ties import TIESConfig
 
@@ -25,16 +35,36 @@ _METHODS = (
     "PCBConfig",
     "TIESConfig",
     "BreadcrumbsConfig",
+    "DELLAConfig",
+    "SCEConfig",
+    "SLERPConfig",
+    "NuSLERPConfig",
+    "MultiSLERPConfig",
+    "KarcherConfig",
+    "ModelStockConfig",
+    "NearSwapConfig",
+    "ArceeFusionConfig",
+    "PassthroughConfig",
 )  # in the order in which they are listed
 
 _HOME = {
+    "ArceeFusionConfig": "arcee_fusion",
     "BreadcrumbsConfig": "breadcrumbs",
     "DAREConfig": "dare",
+    "DELLAConfig": "della",
+    "KarcherConfig": "karcher",
     "LinearConfig": "linear",
     "MergeMethod": "_method",
     "MergeRecipe": "_recipe",
     "MergeReport": "_report",
+    "ModelStockConfig": "model_stock",
+    "MultiSLERPConfig": "multislerp",
+    "NearSwapConfig": "nearswap",
+    "NuSLERPConfig": "nuslerp",
     "PCBConfig": "pcb",
+    "PassthroughConfig": "passthrough",
+    "SCEConfig": "sce",
+    "SLERPConfig": "slerp",
     "TIESConfig": "ties",
     "TaskArithmeticConfig": "task_arithmetic",
     "merge": "_stream",
@@ -43,13 +73,23 @@ _HOME = {
 
 __all__ = [
     "METHODS",
+    "ArceeFusionConfig",
     "BreadcrumbsConfig",
     "DAREConfig",
+    "DELLAConfig",
+    "KarcherConfig",
     "LinearConfig",
     "MergeMethod",
     "MergeRecipe",
     "MergeReport",
+    "ModelStockConfig",
+    "MultiSLERPConfig",
+    "NearSwapConfig",
+    "NuSLERPConfig",
     "PCBConfig",
+    "PassthroughConfig",
+    "SCEConfig",
+    "SLERPConfig",
     "TIESConfig",
     "TaskArithmeticConfig",
     "merge",

@@ -73,6 +73,10 @@ class SparseTaskVectors(MergeMethod):
     def thin(self, stack: Stack, model: int, density: float, plan: Any) -> Tensor:  # (*shape)
         """A model's task vector with 0 in place of what is dropped, as a new tensor."""
 
+    def inverse(self, density: float) -> float:
+        """cᵢ with "inverse", in so far as `thin` has not seen to it."""
+        return 1 / density if density > 0 else 1.0
+
     def survey(self, stacks: Stacks) -> Survey:
         plan = self.plan(stacks)
         return Survey(plan, self._ratios(stacks, plan) if self.rescale == "norm" and self.elementwise else None)
@@ -88,11 +92,10 @@ class SparseTaskVectors(MergeMethod):
         return (self.thin(stack, i, density, plan) for i, density in enumerate(self.densities(stack)))
 
     def _factors(self, stack: Stack, kept: Sequence[Tensor]) -> list[float]:
-        """cᵢ, of whole tensors with "norm"."""
+        """cᵢ; with "norm" those of a whole tensor."""
         if self.rescale == "norm":
-            return [_ratio(_l1_norm(d), _l1_norm(k)) for d, k in zip(stack.deltas, kept, strict=True)]
-        inverse = self.rescale == "inverse"
-        return [1 / density if inverse and density > 0 else 1.0 for density in self.densities(stack)]
+            return [_ratio(_l1_norm(w - stack.base), _l1_norm(k)) for w, k in zip(stack.models, kept, strict=True)]
+        return [self.inverse(d) if self.rescale == "inverse" else 1.0 for d in self.densities(stack)]
 
     def _ratios(self, stacks: Stacks, plan: Any) -> list[float]:
         """cᵢ with "norm", of a tensor in chunks."""

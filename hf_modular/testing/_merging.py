@@ -80,7 +80,8 @@ class MergeCase:
 
     @property
     def model_weights(self) -> list[float]:
-        return [*(self.weights or [0.5, 0.8, 0.3, 0.7, 0.2])][: self.count]
+        default = [0.5, 0.8, 0.3, 0.7, 0.2] if self.config.takes_weights else [1.0] * self.count
+        return [*(self.weights or default)][: self.count]
 
     def states(self, dtype: torch.dtype = torch.float32) -> tuple[StateDict | None, list[StateDict]]:
         """The base, unless the method uses none, and the models."""

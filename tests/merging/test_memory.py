@@ -137,5 +137,5 @@ def test_refuses(base, models, config, weights, message):
 @pytest.mark.parametrize("method", METHODS)
 def test_inputs_are_left_alone(method):
     before = [{k: v.clone() for k, v in s.items()} for s in (BASE, ONE, TWO)]
-    merge_state_dicts(BASE, [ONE, TWO], METHODS[method]())
+    merge_state_dicts(BASE, [ONE, TWO][: METHODS[method].model_counts[0]], METHODS[method]())
     assert all(torch.equal(s[k], b[k]) for s, b in zip((BASE, ONE, TWO), before, strict=True) for k in b)

@@ -2,7 +2,23 @@
 
 import torch
 
-from hf_modular.merging import METHODS, DAREConfig, LinearConfig, TaskArithmeticConfig
+from hf_modular.merging import (
+    METHODS,
+    BreadcrumbsConfig,
+    DAREConfig,
+    DELLAConfig,
+    KarcherConfig,
+    LinearConfig,
+    ModelStockConfig,
+    MultiSLERPConfig,
+    NearSwapConfig,
+    NuSLERPConfig,
+    PassthroughConfig,
+    SCEConfig,
+    SLERPConfig,
+    TaskArithmeticConfig,
+    TIESConfig,
+)
 from hf_modular.testing import MergeCase, MergeContract
 
 
@@ -21,6 +37,24 @@ CASES = (
     MergeCase(DAREConfig(drop=0.0), symmetric=True, formula=arithmetic()),
     MergeCase(DAREConfig(drop=0.6, scale=0.8), symmetric=False),
     MergeCase(DAREConfig(drop=0.6, rescale="norm"), seed=2),
+    MergeCase(DAREConfig(drop=0.3, election="symmetric", normalize=True), seed=3, symmetric=False),
+    MergeCase(TIESConfig(density=0.4, scale=0.8), symmetric=True),
+    MergeCase(TIESConfig(density=0.7, rescale="norm", election="mergekit"), weights=(0.3, -0.9, 1.2)),
+    MergeCase(TIESConfig(density=1.0, election="none", normalize=False), symmetric=True, formula=arithmetic()),
+    MergeCase(BreadcrumbsConfig(density=0.6, gamma=0.1, rescale="inverse"), symmetric=True),
+    MergeCase(DELLAConfig(density=0.6, epsilon=0.2), symmetric=False),
+    MergeCase(DELLAConfig(density=0.4, rescale="norm", election="none", normalize=False)),
+    MergeCase(SCEConfig(select_topk=0.5), symmetric=True),
+    MergeCase(SLERPConfig(t=0.3), models=1),
+    MergeCase(NuSLERPConfig(), symmetric=True),
+    MergeCase(NuSLERPConfig(flatten=False), symmetric=True),
+    MergeCase(NuSLERPConfig(flatten=False, row_wise=True), symmetric=True),
+    MergeCase(MultiSLERPConfig(normalize_weights=False), symmetric=True),
+    MergeCase(KarcherConfig(), symmetric=True),
+    MergeCase(ModelStockConfig(), symmetric=True),
+    MergeCase(ModelStockConfig(filter_wise=True, extrapolate=True), symmetric=True),
+    MergeCase(NearSwapConfig(t=0.05), formula=lambda base, models, _: base + (models[0] - base).clamp(-0.05, 0.05)),
+    MergeCase(PassthroughConfig(), formula=lambda base, models, weights: models[0]),
 )
 held = {type(case.config) for case in CASES}
 OTHERS = tuple(MergeCase(method()) for method in METHODS.values() if method not in held)
