@@ -18,9 +18,9 @@ Ours: mm of what does not vary is 0, not 0/0; exp(n (uᵢ² - 1)) takes the plac
 models (sᵢ is the same); `scope`; quantiles that are exact for models larger than memory.
 """
 
-from collections.abc import Iterator
+import functools
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -30,26 +30,33 @@ from hf_modular.merging._select import order_statistics
 
 
 class Range(NamedTuple):
-    """What is clipped and normalised, of one model."""
+    """What is clipped and normalised, the ends of each model."""
 
-    low: float
-    high: float
+    low: Tensor  # (n, 1)
+    high: Tensor  # (n, 1)
 
-    def clip(self, x: Tensor) -> Tensor:  # (*shape)
-        return x.clamp(self.low, self.high)
+    @classmethod
+    def of(cls, ends: list[list[float]]) -> Self:
+        return cls(*torch.tensor(ends, dtype=torch.float64).T[:, :, None])
 
-    def normalize(self, x: Tensor) -> Tensor:  # (*shape)
-        """mm(clip x)"""
-        if self.high <= self.low:
-            return torch.zeros_like(x)
-        return self.clip(x).sub_(self.low).div_(self.high - self.low)
+    def clip(self, x: Tensor) -> Tensor:  # (n, size)
+        return x.maximum(self.low.to(x)).minimum(self.high.to(x))
+
+    def normalize_(self, x: Tensor) -> Tensor:  # (n, size)
+        """mm(clip x), in the memory of x."""
+        return x.sub_(self.low.to(x)).mul_(self.factor.to(x)).clamp_(0, 1)
+
+    @property
+    def factor(self) -> Tensor:  # (n, 1)
+        width = self.high - self.low
+        return torch.where(width > 0, width.reciprocal().clamp_(max=1e38), 0)
 
 
 class Survey(NamedTuple):
-    """The ranges of |dᵢ| and of Iᵢ Xᵢ for each model."""
+    """The ranges of |dᵢ| and of Iᵢ Xᵢ."""
 
-    sizes: list[Range]
-    scores: list[Range]
+    sizes: Range
+    scores: Range
 
 
 @dataclass(frozen=True)
@@ -83,26 +90,25 @@ class PCBConfig(MergeMethod):
         return "model" if self.scope == "global" else "tensor"
 
     def survey(self, stacks: Stacks) -> Survey:
-        sizes = _ranges(order_statistics(stacks, lambda stack: stack.deltas.abs_(), self._clipped_ranks))
+        sizes = Range.of(order_statistics(stacks, lambda stack: stack.deltas.abs_(), self._clipped_ranks))
         scores = order_statistics(stacks, lambda stack: self._scores(stack.deltas, sizes), self._kept_ranks)
-        return Survey(sizes, _ranges(scores))
+        return Survey(sizes, Range.of(scores))
 
     def merge(self, stack: Stack, survey: Survey) -> Tensor:
-        deltas = stack.deltas
-        scores = zip(survey.scores, self._scores(deltas, survey.sizes), strict=True)
-        shares = [kept.normalize(score) for kept, score in scores]
-        clipped = (size.clip(d.abs()).mul_(d.sign()) for size, d in zip(survey.sizes, deltas, strict=True))
-        mixed = weighted_sum(stack.weights, (t.mul_(s) for t, s in zip(clipped, shares, strict=True)))
-        total = weighted_sum([1.0] * len(shares), shares).clamp_(min=1e-12)
-        return mixed.div_(total).mul_(self.scale).add_(stack.base)
+        return torch.cat([self._merged(run, survey) for run in stack.runs()]).view_as(stack.base)
 
-    def _scores(self, deltas: Tensor, sizes: list[Range]) -> Iterator[Tensor]:  # n times (*shape)
+    def _merged(self, stack: Stack, survey: Survey) -> Tensor:  # (size,)
+        deltas = stack.deltas
+        shares = survey.scores.normalize_(self._scores(deltas, survey.sizes))
+        clipped = survey.sizes.clip(deltas.abs()).mul_(deltas.sign_())
+        mixed = weighted_sum(stack.weights, clipped.mul_(shares))
+        return mixed.div_(_sum(shares).clamp_(min=1e-12)).mul_(self.scale).add_(stack.base)
+
+    def _scores(self, deltas: Tensor, sizes: Range) -> Tensor:  # (n, size)
         """Iᵢ Xᵢ / exp(n)"""
-        n = len(deltas)
-        signed = [size.normalize(d.abs()).mul_(d.sign()) for size, d in zip(sizes, deltas, strict=True)]
-        inter = _agreement(signed) if self.variant == "scale_invariant" else _raw_agreement(deltas)
-        for u, x in zip(signed, inter, strict=True):
-            yield x.mul_(u.square().sub_(1).mul_(n).exp_())
+        u = sizes.normalize_(deltas.abs()).copysign_(deltas)
+        agreement = _agreement(u) if self.variant == "scale_invariant" else (deltas * _sum(deltas)).tanh_()
+        return agreement.mul_(u.square_().sub_(1).mul_(len(u)).exp_())
 
     def _clipped_ranks(self, count: int) -> tuple[int, int]:
         first = int(count * self.winsor)
@@ -113,23 +119,16 @@ class PCBConfig(MergeMethod):
         return min(int(count * (1 - self.density)), last), last
 
 
-def _agreement(signed: list[Tensor]) -> list[Tensor]:  # n times (*shape)
+def _agreement(u: Tensor) -> Tensor:  # (n, size)
     """Σⱼ tanh(uᵢ uⱼ)"""
-    sums = [torch.zeros_like(u) for u in signed]
-    for i, u in enumerate(signed):
-        for j, v in enumerate(signed[: i + 1]):
-            term = torch.tanh(u * v)
-            sums[i] += term
-            if j < i:
-                sums[j] += term
+    sums = torch.empty_like(u)
+    for i in range(len(u)):
+        terms = (u[: i + 1] * u[i]).tanh_()  # of j ≤ i, each of them for i and for j
+        sums[i] = _sum(terms)
+        sums[:i] += terms[:i]
     return sums
 
 
-def _raw_agreement(deltas: Tensor) -> Iterator[Tensor]:  # n times (*shape)
-    """tanh(dᵢ Σⱼ dⱼ)"""
-    total = weighted_sum([1.0] * len(deltas), deltas)
-    return ((d * total).tanh_() for d in deltas)
-
-
-def _ranges(ends: list[list[float]]) -> list[Range]:
-    return [Range(low, high) for low, high in ends]
+def _sum(rows: Tensor) -> Tensor:  # (size,)
+    """Row by row, so that it does not depend on the size how it is rounded."""
+    return functools.reduce(torch.add, rows[1:], rows[0].clone())
