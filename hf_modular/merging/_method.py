@@ -60,7 +60,7 @@ class Stack:
         return self.settings.get(setting, (default,) * len(self.models))
 
     def runs(self, size: int = RUN) -> "Iterator[Stack]":
-        """The elements a few at a time, flat, so that what a long computation makes of them stays in a core's cache."""
+        """The elements a few at a time, flat, so what a long computation makes of them stays in a core's cache."""
         base, models = self.base.reshape(-1), self.models.reshape(len(self.models), -1)
         companions = {name: tensor.reshape(len(tensor), -1) for name, tensor in self.companions.items()}
         for start in range(0, max(len(base), 1), size):

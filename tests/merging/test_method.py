@@ -30,9 +30,7 @@ def test_an_int_is_a_float():
     assert TaskArithmeticConfig(scale=2).scale == 2
 
 
-@pytest.mark.parametrize(
-    "config", [method() for method in METHODS.values()] + [DAREConfig(drop=0.25, rescale="norm")]
-)
+@pytest.mark.parametrize("config", [method() for method in METHODS.values()] + [DAREConfig(drop=0.25, rescale="norm")])
 def test_config_to_json_to_config(config, tmp_path):
     config.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "merge_config.json").read_text())["merge_method"] == config.name

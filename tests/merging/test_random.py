@@ -12,9 +12,7 @@ from hf_modular.merging import _random
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    cuts=st.lists(st.integers(0, 1000), max_size=4), p=st.sampled_from([0.0, 1e-6, 0.3, 0.5, 0.999999, 1.0])
-)
+@given(cuts=st.lists(st.integers(0, 1000), max_size=4), p=st.sampled_from([0.0, 1e-6, 0.3, 0.5, 0.999999, 1.0]))
 def test_chunks_do_not_change_a_bit(cuts, p):
     edges = [0, *sorted(cuts), 1000]
     for draw in (lambda a, n: _random.bernoulli("key", a, n, p), lambda a, n: _random.uniform("key", a, n)):
