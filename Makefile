@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench peers clean
 
 demo: .venv/.ready
 	$(BIN)/hf-modular demo --output demo-output
@@ -26,5 +26,14 @@ bench: .venv/.ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@
 
+# What others have made, to compare with: each in an environment of its own, never needed by `make test`.
+peers: .peers/mergekit/.ready
+
+.peers/mergekit/.ready: constraints.txt
+	test -x .peers/mergekit/bin/python || $(PYTHON) -m venv .peers/mergekit
+	.peers/mergekit/bin/python -m pip install --quiet -c constraints.txt torch
+	.peers/mergekit/bin/python -m pip install --quiet --upgrade mergekit
+	touch $@
+
 clean:
-	rm -rf .venv demo-output
+	rm -rf .venv .peers demo-output

@@ -3,10 +3,10 @@
     d̂ᵢ = the density · D largest of the D elements of dᵢ = Wᵢ - W₀ by magnitude, and 0 elsewhere
     s = sign(Σᵢ wᵢ d̂ᵢ),   Aᵢ = [sign(wᵢ d̂ᵢ) = s],   W = W₀ + λ Σᵢ Aᵢ wᵢ d̂ᵢ / Σᵢ Aᵢ |wᵢ|
 
-The paper keeps 20 % and takes λ = 1 without validation data. Ours, as mergekit's: each tensor is trimmed apart, at
-least one element of it is kept, and of equal magnitudes the first in the tensor are. mergekit's recipes mean density 1
-unless they say otherwise, and its rules of election (see `hf_modular.merging._consensus`): so does the name "ties" in
-a recipe.
+The paper keeps 20 % and takes λ = 1 if there is nothing to tune it on. As in mergekit each tensor is trimmed apart,
+and keeps one element at least. Of equal magnitudes the first in the tensor are kept; mergekit's sort is not stable, so
+that there it is up to the processor. In a recipe "ties" means mergekit's density of 1 and its rules of election (see
+`hf_modular.merging._consensus`), unless it says otherwise.
 """
 
 from collections.abc import Sequence
