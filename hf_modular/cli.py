@@ -112,11 +112,28 @@ def methods(
         typer.echo("\n\n".join("\n".join(method.lines()) for method in group) + "\n")
 
 
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="A folder that is absent, empty or of an earlier demo.")] = Path(
+        "demo-output"
+    ),
+    seed: Annotated[int, typer.Option(help="Of the training, and the first of random merges.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A few steps on two tasks; the figures mean nothing.")
+    ] = False,
+) -> None:
+    """Train adapters on handwritten digits, merge models and compare; takes a few minutes on two cores."""
+    from hf_modular.demo.run import run
+
+    text = run(output, seed=seed, quick=quick, say=lambda news: typer.echo(news, err=True))
+    typer.echo(f"\n{text}\n\nModels, cards, results.json and chart.png are in {output}")
+
+
 def main() -> None:
     """Run the command line; what is wrong with an input is one message, not a traceback."""
     try:
         app()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
         sys.exit(2)
 
