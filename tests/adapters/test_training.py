@@ -1,0 +1,125 @@
+"""Adapters are trained with what the ecosystem has: Trainer, autocast, gradient checkpointing, half precision."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from adapters import tiny
+from adapters.conftest import adapted
+from adapters.table import METHODS
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import Trainer, TrainingArguments
+
+from hf_modular.testing import AdapterCase
+
+pytestmark = pytest.mark.parametrize("case", METHODS, ids=str)
+
+DATA = [{"input_ids": tiny.TOKENS[i % 2] + i // 2, "labels": torch.tensor(i % 2)} for i in range(12)]
+
+
+def trainer(case: AdapterCase, folder: Path, **choices: object) -> Trainer:
+    torch.manual_seed(3)
+    config = case.config(task_type="SEQ_CLS", modules_to_save=["classifier"])
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=6,
+        per_device_train_batch_size=4,
+        learning_rate=0.02,
+        save_steps=3,
+        logging_steps=1,
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=5,
+        dataloader_pin_memory=False,
+        **choices,
+    )
+    return Trainer(get_peft_model(tiny.model("classifier"), config), arguments, train_dataset=DATA)
+
+
+def trained(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_a_resumed_run_ends_as_the_uninterrupted_one(case: AdapterCase, tmp_path: Path) -> None:
+    whole = trainer(case, tmp_path)
+    start = {name: p.clone() for name, p in trained(whole.model).items()}
+    whole.train()
+    losses = [entry["loss"] for entry in whole.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]
+    moved = {name.split(".default.")[0] for name, p in trained(whole.model).items() if not torch.equal(p, start[name])}
+    assert moved == {name.split(".default.")[0] for name in start}
+    resumed = trainer(case, tmp_path)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert trained(resumed.model).keys() == trained(whole.model).keys()
+    assert all(torch.equal(p, trained(whole.model)[name]) for name, p in trained(resumed.model).items())
+    assert "import hf_modular" in (tmp_path / "checkpoint-6" / "README.md").read_text()
+    loaded = PeftModel.from_pretrained(tiny.model("classifier"), tmp_path / "checkpoint-6")
+    assert torch.equal(tiny.run(loaded), tiny.run(whole.model.eval()))
+
+
+def step(model: PeftModel, **kwargs: object) -> dict[str, Tensor]:
+    """The gradients of one step."""
+    model.train()
+    model.zero_grad()
+    output = model(input_ids=tiny.TOKENS, labels=tiny.TOKENS, **kwargs)
+    output.loss.backward()
+    return {name: p.grad.clone() for name, p in trained(model).items()}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_gradient_checkpointing(case: AdapterCase, use_reentrant: bool) -> None:
+    model = adapted(case, "llama", target_modules=["q_proj", "down_proj"])
+    expected = step(model)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    assert model.base_model.model.model.layers[0].gradient_checkpointing
+    found = step(model)
+    assert_close(found, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_autocast(case: AdapterCase) -> None:
+    """fp32 weights, bf16 products: gradients arrive in fp32 and are about those of fp32."""
+    model = adapted(case, "llama", target_modules=["q_proj", "down_proj"])
+    expected = step(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = step(model)
+        assert tiny.run(model).dtype == torch.bfloat16
+    for name, gradient in found.items():
+        assert gradient.dtype == torch.float32
+        error = (gradient - expected[name]).norm() / expected[name].norm()
+        assert error < 0.2, name
+
+
+@pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
+def test_a_half_precision_base(case: AdapterCase, autocast_adapter_dtype: bool, tmp_path: Path) -> None:
+    base = tiny.model("llama").to(torch.bfloat16)
+    model = get_peft_model(base, case.config(), autocast_adapter_dtype=autocast_adapter_dtype)
+    dtype = torch.float32 if autocast_adapter_dtype else torch.bfloat16
+    assert {p.dtype for p in trained(model).values()} == {dtype}
+    optimizer = torch.optim.AdamW(trained(model).values(), lr=0.005)
+    losses = []
+    for _ in range(6):
+        loss = model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.model("llama").to(torch.bfloat16), tmp_path)
+    assert tiny.run(loaded).dtype == torch.bfloat16
+    if autocast_adapter_dtype:
+        assert torch.equal(tiny.run(loaded), tiny.run(model.eval()))
+
+
+def test_a_frozen_adapter_is_not_trained(case: AdapterCase) -> None:
+    model = get_peft_model(tiny.model("llama"), case.config(inference_mode=True))
+    assert tiny.trainable(model) == 0
+    model.set_adapter("default")
+    assert tiny.trainable(model) > 0
+    model.base_model.set_requires_grad("default", False)
+    assert tiny.trainable(model) == 0
