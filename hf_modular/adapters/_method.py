@@ -341,21 +341,25 @@ class LowRank(Adapter):
         """The factors of the change, in the layer's (out, in / groups, *kernel)."""
         raise NotImplementedError
 
+    def scaled(self) -> Factors:
+        """The factors with the scaling in one of the small matrices, and not in the large output."""
+        up, core, down = self.factors()
+        return Factors(self.scaling * up, core, down)
+
     def delta(self) -> Tensor:
-        return self.scaling * self.factors().product()
+        return self.scaled().product()
 
     def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
-        added = self._looked_up(x) if convolve is None else self._convolved(x, convolve)
-        return y + self.scaling * added
+        return y + (self._looked_up(x) if convolve is None else self._convolved(x, convolve))
 
     def _looked_up(self, x: Tensor) -> Tensor:  # (*, in), or the indices (*) of an embedding
-        up, core, down = self.factors()
+        up, core, down = self.scaled()
         down = cast(Tensor, down)  # only a convolution goes without
         low = F.linear(self._drop(x), down) if x.is_floating_point() else self._drop(F.embedding(x, down.t()))
         return F.linear(low if core is None else F.linear(low, core), up)
 
     def _convolved(self, x: Tensor, convolve: Convolve) -> Tensor:  # (*, in, *size)
-        factors, x = self.factors(), self._drop(x)
+        factors, x = self.scaled(), self._drop(x)
         if self.groups > 1:
             return convolve(x, factors.product()).movedim(-1 - self.kernel_axes, -1)
         if factors.down is not None:

@@ -204,7 +204,7 @@ class PHM(nn.Module):
     def _factors(self, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
         """X S as (*, n·n·rank), and Σᵢ Aᵢᵀ ⊗ Tᵢ as (out, n·n·rank)."""
         U = x.unflatten(-1, (len(A), -1)) @ self.S.transpose(0, 1).flatten(1)  # (*, n, n·rank)
-        R = torch.einsum("iac,imp->cpaim", A, self.T)
+        R = A.permute(2, 1, 0)[:, None, :, :, None] * self.T.permute(2, 0, 1)[None, :, None]  # (c, p, a, i, rank)
         return U.flatten(-2), R.flatten(2).flatten(0, 1)
 
 
@@ -229,10 +229,10 @@ class Compacter(Adapter):
 
     def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
         rule = None if self.shared is None else self.shared.A.to(y.device)
-        # contiguous, for a matrix product takes another path where gradients are wanted if its input is not
-        h = y.to(self.down.bias.dtype).contiguous()
+        # one matrix of all tokens: of other inputs a product takes another path where gradients are wanted
+        h = y.to(self.down.bias.dtype).reshape(-1, y.shape[-1])
         hidden = ACTIVATIONS[self.activation](self.down(h, rule))
-        return y + self.up(hidden, rule)
+        return y + self.up(hidden, rule).reshape(y.shape)
 
 
 def _bottleneck(config: CompacterConfig, site: Site) -> int:
