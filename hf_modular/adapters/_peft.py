@@ -121,7 +121,7 @@ class AdapterModel(BaseTuner):
         layer = wrap(target, key, self.slot, backend)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # for inference torch reads the weights of its layers instead of calling them, but not where one has a hook
-            layer.register_forward_pre_hook(_do_nothing)
+            layer.register_forward_pre_hook(_refuse_nested)
         self._replace_module(parent, target_name, layer, target)
         return layer
 
@@ -292,8 +292,12 @@ def _some(keys: list[str]) -> str:
     return f"{len(keys)} tensors" + (f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "")
 
 
-def _do_nothing(module: nn.Module, args: Any) -> None:
-    """A hook whose presence is all that it is for."""
+def _refuse_nested(layer: AdapterLayer, args: Any) -> None:
+    if args[0].is_nested:
+        raise ValueError(
+            "Nested tensors, which torch makes of padded batches, cannot be adapted. Make the nn.TransformerEncoder "
+            f"with enable_nested_tensor=False, to adapt its layer '{layer.site.name}'."
+        )
 
 
 def _give_names(
