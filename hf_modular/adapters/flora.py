@@ -83,7 +83,7 @@ class FLoRA(LowRank):
         self.P_in, self.P_out, *rest = (_factor(side, rank) for side, rank in zip(sides, ranks, strict=True))
         self.P_kernel = nn.ParameterList(rest)
         if not config.init_weights:
-            nn.init.normal_(self.core)
+            nn.init.normal_(self.core, std=0.1)
 
     def factors(self) -> Factors:
         core = self.core.transpose(0, 1)  # (r_out, r_in, *r_kernel)
