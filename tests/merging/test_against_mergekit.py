@@ -6,11 +6,11 @@ mergekit, the script is run again.
 
 import json
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from chunks import merged
 from safetensors.torch import load_file
 
 from hf_modular.merging import MergeRecipe
@@ -41,29 +41,6 @@ class Drawn(Stack):
         return drawn[self.offset : self.offset + self.base.numel()].view(self.base.shape)
 
 
-class Chunks:
-    """A stack in chunks of 50 elements, or whole."""
-
-    def __init__(self, stack, *, whole):
-        size = stack.base.numel()
-        step = max(size if whole else 50, 1)
-        self.stacks = [stack] if whole else [run(stack, i, i + step) for i in range(0, size, step)]
-
-    def __iter__(self):
-        return iter(self.stacks)
-
-    def map(self, function):
-        return map(function, self.stacks)
-
-    def sample(self):
-        return self.stacks[::2]
-
-
-def run(stack, start, stop):
-    base, models = stack.base.flatten(), stack.models.flatten(1)
-    return replace(stack, base=base[start:stop], models=models[:, start:stop], offset=start)
-
-
 def recipe_of(case):
     weights = case.get("weights", [1.0] * 3)[: case.get("models", 3)]
     densities = case.get("densities", [None] * 3)
@@ -91,10 +68,8 @@ def test_the_same_numbers(title):
     for name, tensor in expected.items():
         resolved = recipe.settings.at(name, 0.0)
         stack = stack_of(name, resolved, case, drawn)
-        chunks = Chunks(stack, whole=not resolved.method.elementwise)
-        survey = resolved.method.survey(chunks)
-        merged = torch.cat([resolved.method.merge(chunk, survey).flatten() for chunk in chunks]).view(tensor.shape)
-        torch.testing.assert_close(merged, tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+        found = merged(resolved.method, stack, size=50)
+        torch.testing.assert_close(found, tensor, rtol=1e-6, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.skipif(not PEER.exists(), reason="mergekit is not installed: `make peers` does it")
