@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hf_modular.merging.breadcrumbs import BreadcrumbsConfig
     from hf_modular.merging.dare import DAREConfig
     from hf_modular.merging.della import DELLAConfig
+    from hf_modular.merging.fisher import FisherConfig
     from hf_modular.merging.karcher import KarcherConfig
     from hf_modular.merging.linear import LinearConfig
     from hf_modular.merging.model_stock import ModelStockConfig
@@ -33,6 +34,7 @@ _METHODS = (
     "TaskArithmeticConfig",
     "DAREConfig",
     "PCBConfig",
+    "FisherConfig",
     "TIESConfig",
     "BreadcrumbsConfig",
     "DELLAConfig",
@@ -52,6 +54,7 @@ _HOME = {
     "BreadcrumbsConfig": "breadcrumbs",
     "DAREConfig": "dare",
     "DELLAConfig": "della",
+    "FisherConfig": "fisher",
     "KarcherConfig": "karcher",
     "LinearConfig": "linear",
     "MergeMethod": "_method",
@@ -77,6 +80,7 @@ __all__ = [
     "BreadcrumbsConfig",
     "DAREConfig",
     "DELLAConfig",
+    "FisherConfig",
     "KarcherConfig",
     "LinearConfig",
     "MergeMethod",

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from itertools import chain
 from threading import Lock, local
 from typing import Any, Protocol
 
@@ -58,6 +59,7 @@ class Engine:
         settings: The method and its settings for each tensor.
         base: What the models were fine-tuned from, for methods that use one.
         carrier: Gives the tensors that hold no floating-point numbers.
+        companions: What the method needs of each model beside its weights.
     """
 
     plan: Mapping[str, TensorLike]
@@ -68,6 +70,7 @@ class Engine:
     carrier: Inputs
     seed: int
     device: torch.device
+    companions: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)
     block: int = BLOCK
     notes: dict[str, None] = field(default_factory=dict)
     _surveys: dict[str, Any] = field(default_factory=dict)
@@ -85,11 +88,14 @@ class Engine:
     def stack(self, piece: Piece) -> Stack:
         """A piece of all models. The next stack of the same thread takes its place in memory if it is a block."""
         dtype = self._dtypes[piece.name]
-        numbers = self._buffer(len(self._sources), piece, dtype)
-        for row, source in zip(numbers, self._sources, strict=True):
+        kinds = [kind for kind, those in self.companions.items() if piece.name in those[0].tensors]
+        sources = [*self._sources, *chain.from_iterable(self.companions[kind] for kind in kinds)]
+        rows = self._buffer(len(sources), piece, dtype)
+        for row, source in zip(rows, sources, strict=True):
             source.fill(piece.name, piece.start, row)
         shape = tuple(self.plan[piece.name].shape) if piece.whole else (piece.size,)
-        numbers = numbers.view(len(self._sources), *shape)
+        numbers = rows[: len(self._sources)].view(len(self._sources), *shape)
+        beside = rows[len(self._sources) :].view(len(kinds), len(self.models), *shape)
         resolved = self.settings[piece.name]
         return Stack(
             name=piece.name,
@@ -100,6 +106,7 @@ class Engine:
             offset=piece.start,
             seed=self.seed,
             settings=resolved.each,
+            companions=dict(zip(kinds, beside, strict=True)),
         )
 
     @cached_property
@@ -196,7 +203,8 @@ class Engine:
         if not piece.whole:
             yield
             return
-        with self._memory.take(2 * (len(self.models) + 2) * piece.size * torch.float32.itemsize):
+        rows = len(self.models) * (1 + len(self.companions)) + 2
+        with self._memory.take(2 * rows * piece.size * torch.float32.itemsize):
             yield
 
     def _buffer(self, rows: int, piece: Piece, dtype: torch.dtype) -> Tensor:  # (rows, size)

@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_modular.merging._companions import Companion, companion_problems, without
 from hf_modular.merging._engine import Engine
 from hf_modular.merging._method import MergeMethod
 from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
@@ -24,6 +25,7 @@ def merge_state_dicts(
     *,
     weights: Sequence[float] | None = None,
     seed: int = 0,
+    companions: Mapping[str, Sequence[StateDict]] | None = None,
 ) -> dict[str, Tensor]:
     """Merge state dicts in memory.
 
@@ -33,6 +35,7 @@ def merge_state_dicts(
         config: The method and its settings.
         weights: The weight of each model; 1 each by default.
         seed: For methods that draw random numbers. The same seed gives the same bits.
+        companions: What a method needs of each model beside its weights, such as {"fisher": [one, another]}.
 
     Returns:
         A new state dict in the dtypes of the base (of the first model if there is none). Arithmetic is in fp32 (fp64
@@ -41,12 +44,12 @@ def merge_state_dicts(
     refuse(_call_problems(base, models, config, weights))
     inputs = [InMemory(f"model {i}", model) for i, model in enumerate(models)]
     reference = inputs[0] if base is None else InMemory("the base", base)
-    engine = engine_of(reference, base is not None, inputs, config, weights, seed)
+    engine = engine_of(reference, base is not None, inputs, config, weights, seed, companions)
     refuse(_tensor_problems(engine, reference, inputs))
     merged = Merged({name: torch.empty_like(reference.tensors[name]) for name in engine.plan})
     with Workers(None) as pool:
         engine.run(merged, pool, progress=lambda done: None)
-    for note in engine.notes:
+    for note in [*engine.notes, *without(engine.plan, engine.companions)]:
         warnings.warn(note, stacklevel=2)
     tied = _tied(reference, inputs)
     return {name: merged.tensors[tied.get(name, name)] for name in reference.tensors}
@@ -84,6 +87,7 @@ def engine_of(
     config: MergeMethod,
     weights: Sequence[float] | None,
     seed: int,
+    companions: Mapping[str, Sequence[StateDict]] | None = None,
 ) -> Engine:
     """The engine for state dicts; `reference` is the base if there is one, else what the result is shaped after."""
     tied = _tied(reference, models)
@@ -98,6 +102,10 @@ def engine_of(
         carrier=reference,
         seed=seed,
         device=next((tensor.device for tensor in plan.values()), torch.device("cpu")),
+        companions={
+            kind: [Companion(InMemory(f"{kind} {i}", state), plan) for i, state in enumerate(states)]
+            for kind, states in (companions or {}).items()
+        },
     )
 
 
@@ -120,6 +128,7 @@ def _tensor_problems(engine: Engine, reference: InMemory, models: Sequence[InMem
     unfit = [
         unmergeable(tensors, label) for label, tensors in {reference.reference: reference.tensors, **labelled}.items()
     ]
+    unfit.append(companion_problems(engine.method, engine.plan, len(models), engine.companions))
     found = [*disagreements(reference.tensors, labelled), *(problem for problems in unfit for problem in problems)]
     return [*found, *setting_problems(engine.settings, len(models), engine.base is not None)]
 

@@ -46,9 +46,9 @@ def disagreements(
     """How the models' tensors differ in name, shape or kind from the reference's."""
     for label, model in models.items():
         if missing := [name for name in reference if name not in model]:
-            yield f"{label} has no tensor {_listed(missing)}"
+            yield f"{label} has no tensor {listed(missing)}"
         if extra := [name for name in model if name not in reference]:
-            yield f"{label} has the tensor {_listed(extra)}, which the base has not"
+            yield f"{label} has the tensor {listed(extra)}, which the base has not"
         for name in reference.keys() & model.keys():
             yield from _mismatch(name, reference[name], label, model[name])
 
@@ -107,5 +107,5 @@ def _mismatch(name: str, reference: TensorLike, label: str, tensor: TensorLike) 
         yield f"{name} is {spelled(reference.dtype)} in the base, but {spelled(tensor.dtype)} in {label}"
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -23,6 +23,8 @@ from hf_modular.merging._yaml import Document, Location, read, spelled
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 Problems = Iterator[tuple[Location, str]]
 
+COMPANIONS = ("fisher", "activations")  # the keys of a model that name what a method needs beside its weights
+
 _NOT_YET = {
     "slices": "stacking layers",
     "modules": "merging the modules of a model apart",
@@ -49,6 +51,17 @@ class ModelEntry(_Strict):
 
     model: str = Field(min_length=1, description="A folder, or a Hub repository as `name` or `name@revision`.")
     parameters: dict[str, Any] = Field(default={}, description="The settings of this model, such as `weight`.")
+    fisher: str | None = Field(
+        default=None, min_length=1, description="A folder or repository with the model's Fisher information."
+    )
+    activations: str | None = Field(
+        default=None, min_length=1, description="A folder or repository with the sizes of the model's activations."
+    )
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The keys that name folders or repositories."""
+        return {key: name for key in ("model", *COMPANIONS) if (name := getattr(self, key))}
 
 
 class TokenizerChoice(_Strict):
@@ -118,7 +131,10 @@ class MergeRecipe(_Strict):
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The same recipe with other references to the same models."""
-        models = [entry.model_copy(update={"model": names[entry.model]}) for entry in self.models]
+        models = [
+            entry.model_copy(update={key: names[name] for key, name in entry.references.items()})
+            for entry in self.models
+        ]
         changes: dict[str, Any] = {"models": models, "base_model": names.get(self.base_model or "", self.base_model)}
         if self.tokenizer_source:
             changes["tokenizer_source"] = names.get(self.tokenizer_source, self.tokenizer_source)
@@ -133,6 +149,12 @@ class MergeRecipe(_Strict):
         if self.method.base_model == "unused":
             return self.models
         return [entry for entry in self.models if entry.model != self.base_model]
+
+    @property
+    def companions(self) -> dict[str, list[str]]:
+        """What there is beside the weights of the models, where."""
+        given = {kind: [getattr(entry, kind) for entry in self.task_models] for kind in COMPANIONS}
+        return {kind: [name for name in names if name] for kind, names in given.items() if any(names)}
 
     @property
     def reference_model(self) -> str:

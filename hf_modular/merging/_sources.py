@@ -17,6 +17,7 @@ from hf_modular.checkpoints import INDEX, WEIGHTS, Checkpoint, TensorInfo
 CONFIG = "config.json"
 # what a merged model takes over beside its weights, all of it text or a tokenizer's own format, none of it code
 MODEL_FILES = ("config.json", "generation_config.json")
+COMPANION_FILES = ("fisher_config.json", "activations_config.json")
 PROCESSING_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -133,7 +134,7 @@ def _downloaded(name: str, revision: str | None, reference: str) -> tuple[Path, 
     from huggingface_hub import snapshot_download
 
     try:
-        settings = (*MODEL_FILES, *PROCESSING_FILES, INDEX)
+        settings = (*MODEL_FILES, *PROCESSING_FILES, *COMPANION_FILES, INDEX)
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*settings], ignore_patterns=["*/*"]))
         weights = _weight_files(folder / INDEX)
         folder = Path(snapshot_download(name, revision=folder.name, allow_patterns=weights, ignore_patterns=["*/*"]))

@@ -15,6 +15,7 @@ from shutil import disk_usage
 import torch
 
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
+from hf_modular.merging._companions import Companion, companion_problems, is_root, without
 from hf_modular.merging._engine import Engine
 from hf_modular.merging._method import MergeMethod
 from hf_modular.merging._names import Names, agree
@@ -128,6 +129,13 @@ class _Job:
             carrier=self.reference,
             seed=self.recipe.seed,
             device=self.device,
+            companions={
+                kind: [
+                    Companion(self.sources[name], self.plan, is_root(kind, self.sources[name].folder))
+                    for name in names
+                ]
+                for kind, names in self.recipe.companions.items()
+            },
         )
 
     def problems(self, output: Path, *, overwrite: bool) -> Iterator[str]:
@@ -143,6 +151,8 @@ class _Job:
             yield f"{self.recipe.merge_method!r} looks at the whole model: its settings must be alike for all tensors"
         else:
             yield from setting_problems(self.engine.settings, len(self.models), self.engine.base is not None)
+            method = next((resolved.method for resolved in self.engine.settings.values()), self.recipe.method)
+            yield from companion_problems(method, self.plan, len(self.models), self.engine.companions)
 
     def run(self, writer: CheckpointWriter, pool: Workers, *, progress: bool) -> None:
         from huggingface_hub.utils.tqdm import tqdm
@@ -184,7 +194,12 @@ class _Job:
             peak_memory=peak_memory(),
             workers=pool.count,
             device=str(self.device),
-            notes=[*self.names.notes, *self.engine.notes, *_code_notes(self.reference)],
+            notes=[
+                *self.names.notes,
+                *self.engine.notes,
+                *without(self.plan, self.engine.companions),
+                *_code_notes(self.reference),
+            ],
         )
 
 
@@ -192,7 +207,8 @@ def _opened(recipe: MergeRecipe, stack: ExitStack) -> dict[str, Source]:
     """All models of the recipe; what is wrong with any of them is reported together."""
     sources: dict[str, Source] = {}
     problems: list[Exception] = []
-    for reference in dict.fromkeys([recipe.reference_model, *(entry.model for entry in recipe.models)]):
+    named = (name for entry in recipe.models for name in entry.references.values())
+    for reference in dict.fromkeys([recipe.reference_model, *named]):
         try:
             sources[reference] = open_source(reference)
             stack.callback(sources[reference].weights.close)

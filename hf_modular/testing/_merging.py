@@ -92,7 +92,19 @@ class MergeCase:
     def merged(
         self, base: StateDict | None, models: Sequence[StateDict], weights: Sequence[float] | None = None
     ) -> StateDict:
-        return merge_state_dicts(base, models, self.config, weights=weights or self.model_weights, seed=self.seed)
+        return merge_state_dicts(
+            base,
+            models,
+            self.config,
+            weights=weights or self.model_weights,
+            seed=self.seed,
+            companions=self.companions(models),
+        )
+
+    def companions(self, models: Sequence[StateDict]) -> dict[str, list[StateDict]]:
+        """What the method needs beside the models, made of them: positive and different for each."""
+        made = [{name: tensor.float().abs() + 1 for name, tensor in model.items()} for model in models]
+        return dict.fromkeys(sorted(self.config.needs), made)
 
     def to_json(self) -> dict[str, Any]:
         """What another process needs to make the same case."""
@@ -280,7 +292,8 @@ def _by_blocks(case: MergeCase, block: int, workers: int) -> StateDict:
     base, models = case.states()
     inputs = [InMemory(f"model {i}", model) for i, model in enumerate(models)]
     reference = inputs[0] if base is None else InMemory("the base", base)
-    engine = engine_of(reference, base is not None, inputs, case.config, case.model_weights, case.seed)
+    companions = case.companions(models)
+    engine = engine_of(reference, base is not None, inputs, case.config, case.model_weights, case.seed, companions)
     merged = Merged({name: torch.empty_like(tensor) for name, tensor in reference.tensors.items()})
     with Workers(workers) as pool:
         replace(engine, block=block).run(merged, pool, lambda done: None)
@@ -295,7 +308,13 @@ def _saved(case: MergeCase, folder: Path) -> MergeRecipe:
     for i, (name, state) in enumerate(states.items()):
         save_checkpoint(folder / name, state, max_shard_size=200 * (i + 1))
     paths = [folder / name for name in states if name != "base"]
-    return MergeRecipe.of(case.config, paths, folder / "base" if base else None, case.model_weights)
+    recipe = MergeRecipe.of(case.config, paths, folder / "base" if base else None, case.model_weights)
+    entries = [entry.model_dump(exclude_defaults=True) for entry in recipe.models]
+    for kind, made in case.companions(models).items():
+        for i, (entry, state) in enumerate(zip(entries, made, strict=True)):
+            save_checkpoint(folder / f"{kind}-{i}", state)
+            entry[kind] = str(folder / f"{kind}-{i}")
+    return MergeRecipe.load(recipe.model_dump(exclude_defaults=True) | {"models": entries})
 
 
 def _read(folder: Path) -> StateDict:

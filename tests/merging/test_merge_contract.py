@@ -7,6 +7,7 @@ from hf_modular.merging import (
     BreadcrumbsConfig,
     DAREConfig,
     DELLAConfig,
+    FisherConfig,
     KarcherConfig,
     LinearConfig,
     ModelStockConfig,
@@ -14,6 +15,7 @@ from hf_modular.merging import (
     NearSwapConfig,
     NuSLERPConfig,
     PassthroughConfig,
+    PCBConfig,
     SCEConfig,
     SLERPConfig,
     TaskArithmeticConfig,
@@ -28,6 +30,12 @@ def mean(base, models, weights):
 
 def arithmetic(scale=1.0):
     return lambda base, models, weights: base + scale * torch.einsum("n,n...->...", weights, models - base)
+
+
+def by_importance(base, models, weights):
+    """Fisher merging, where the companion of a model is |W| + 1."""
+    shares = torch.einsum("n,n...->n...", weights, models.abs() + 1)
+    return (shares * models).sum(0) / shares.sum(0)
 
 
 CASES = (
@@ -54,6 +62,11 @@ CASES = (
     MergeCase(ModelStockConfig(), symmetric=True),
     MergeCase(ModelStockConfig(filter_wise=True, extrapolate=True), symmetric=True),
     MergeCase(NearSwapConfig(t=0.05), formula=lambda base, models, _: base + (models[0] - base).clamp(-0.05, 0.05)),
+    MergeCase(FisherConfig(), symmetric=True),
+    MergeCase(FisherConfig(normalize=False, floor=0.5), symmetric=True, formula=by_importance),
+    MergeCase(FisherConfig(floor=1.5), symmetric=False),
+    MergeCase(PCBConfig(density=0.4), symmetric=True),
+    MergeCase(PCBConfig(density=0.4, variant="raw", scope="tensor", scale=0.5), symmetric=True),
     MergeCase(PassthroughConfig(), formula=lambda base, models, weights: models[0]),
 )
 held = {type(case.config) for case in CASES}
