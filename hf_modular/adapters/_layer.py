@@ -277,6 +277,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             after, _ = self._chosen([adapter_name])[0].transform(weight, _at_least_fp32(bias))
             return self.layout.to_stored(after - weight)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can approximate the adapter: it changes a matrix, and nothing else."""
+        adapters = self._chosen([adapter_name])
+        alone = not self.site.has_bias or all(type(adapter).delta is not Adapter.delta for adapter in adapters)
+        return self.site.kind == "Linear" and bool(adapters) and alone and self.unmergeable([adapter_name]) is None
+
     # -- being a good layer ----------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:

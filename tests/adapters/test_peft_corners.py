@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, convert_to_lora, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from transformers import BertConfig, BertModel
 
-from hf_modular.adapters import CompacterConfig, HUTConfig, SSFConfig
+from hf_modular.adapters import AdapterConfig, CompacterConfig, FLoRAConfig, HUTConfig, SSFConfig
 
 
 class Small(nn.Module):
@@ -57,7 +57,7 @@ def one_process():
     ids=["rewritten weights", "a shared rule"],
 )
 @torch.no_grad()
-def test_fsdp_1_computes_and_saves_what_the_model_does(one_process: None, config: HUTConfig) -> None:
+def test_fsdp_1_computes_and_saves_what_the_model_does(one_process: None, config: AdapterConfig) -> None:
     model = get_peft_model(small(), config).eval()
     expected, saved = model(WORDS), {k: v.clone() for k, v in get_peft_model_state_dict(model).items()}
     sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
@@ -122,3 +122,27 @@ def test_only_one_adapter_may_train_biases() -> None:
 def test_every_adapted_layer_says_its_sides(layer: str, sides: tuple[int, int]) -> None:
     adapted = get_peft_model(small(), HUTConfig(target_modules=[layer])).get_submodule(f"base_model.model.{layer}")
     assert (adapted.in_features, adapted.out_features) == sides
+
+
+@torch.no_grad()
+def test_peft_converts_what_adds_to_a_matrix() -> None:
+    model = get_peft_model(small(), FLoRAConfig(target_modules=["first", "last"], r=2, init_weights=False)).eval()
+    config, state_dict = convert_to_lora(model, rank=2)
+    converted = get_peft_model(small(), config).eval()
+    set_peft_model_state_dict(converted, state_dict)
+    torch.testing.assert_close(converted(WORDS), model(WORDS))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        CompacterConfig(target_modules=["first"], phm_dim=2, reduction_factor=1),
+        FLoRAConfig(target_modules=["convolution"]),
+        HUTConfig(target_modules=["first"]),
+        SSFConfig(target_modules=["first"]),
+    ],
+    ids=["not linear", "not a matrix", "the bias too", "scale and shift"],
+)
+def test_peft_refuses_to_convert_what_lora_has_no_place_for(config: AdapterConfig) -> None:
+    with pytest.raises(TypeError, match="do not support LoRA conversion"):
+        convert_to_lora(get_peft_model(small(), config), rank=2)
