@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench peers clean
+.PHONY: demo test lint bench peers conformance clean
 
 demo: .venv/.ready
 	$(BIN)/hf-modular demo --output demo-output
@@ -18,6 +18,10 @@ lint: .venv/.ready
 bench: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapters.py
 	$(BIN)/python benchmarks/merge.py
+
+# PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
+conformance: .venv/.ready
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m conformance.run $(if $(BASELINE),--baseline)
 
 # torch first and alone: the pinned build is then kept by everything that comes after it.
 .venv/.ready: pyproject.toml constraints.txt
