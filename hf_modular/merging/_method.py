@@ -118,8 +118,8 @@ class Alias:
 
 
 @dataclass(frozen=True)
-class MergeMethod(ABC):
-    """Settings as dataclass fields, `merge` as the mathematics.
+class MergeSettings:
+    """The settings of a way to merge, as dataclass fields.
 
     The metadata of a field are its `help`, for a number its `law` (an interval such as "[0, 1)"), and
     `per_model=True` where a recipe may give each model its own value (read it by `stack.each`). A `Literal`
@@ -129,38 +129,12 @@ class MergeMethod(ABC):
     name: ClassVar[str]  # in recipes and on the command line
     base_model: ClassVar[Literal["required", "optional", "unused"]] = "required"
     model_counts: ClassVar[tuple[int, float]] = (1, math.inf)  # how many models, beside the base, it merges
-    takes_weights: ClassVar[bool] = True  # else the models must not have any
-    needs: ClassVar[frozenset[str]] = frozenset()  # companions to stream beside the weights
     aliases: ClassVar[Mapping[str, Alias]] = {}  # mergekit's names for this method
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(type(self))
         for f in fields(self):
             check_setting(f.name, getattr(self, f.name), hints[f.name], f.metadata.get("law", "(-inf, inf)"))
-
-    @property
-    def elementwise(self) -> bool:
-        """Whether an output element depends on the same element of the inputs (and the survey) alone."""
-        return False
-
-    @property
-    def survey_scope(self) -> Literal["model", "tensor"]:
-        """What one `survey` is about."""
-        return "model"
-
-    def survey(self, stacks: Stacks) -> Any:
-        """What `merge` must know beforehand, by as many passes over the stacks as it takes. Most need
-        nothing.
-
-        With `survey_scope = "model"` it is called once with all stacks, with "tensor" once for each tensor with that
-        tensor's stacks. So a method that needs a tensor's norm or threshold stays elementwise, and no tensor
-        is ever held whole.
-        """
-        return None
-
-    @abstractmethod
-    def merge(self, stack: Stack, survey: Any) -> Tensor:  # (*shape)
-        """The merged tensor."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"merge_method": self.name, **asdict(self)}
@@ -212,6 +186,38 @@ class MergeMethod(ABC):
             commit_message=f"Merge settings: {self.name}",
         )
         return str(commit.commit_url)
+
+
+@dataclass(frozen=True)
+class MergeMethod(MergeSettings, ABC):
+    """Settings as dataclass fields, `merge` as the mathematics of one stack of tensors."""
+
+    takes_weights: ClassVar[bool] = True  # else the models must not have any
+    needs: ClassVar[frozenset[str]] = frozenset()  # companions to stream beside the weights
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether an output element depends on the same element of the inputs (and the survey) alone."""
+        return False
+
+    @property
+    def survey_scope(self) -> Literal["model", "tensor"]:
+        """What one `survey` is about."""
+        return "model"
+
+    def survey(self, stacks: Stacks) -> Any:
+        """What `merge` must know beforehand, by as many passes over the stacks as it takes. Most need
+        nothing.
+
+        With `survey_scope = "model"` it is called once with all stacks, with "tensor" once for each tensor with that
+        tensor's stacks. So a method that needs a tensor's norm or threshold stays elementwise, and no tensor
+        is ever held whole.
+        """
+        return None
+
+    @abstractmethod
+    def merge(self, stack: Stack, survey: Any) -> Tensor:  # (*shape)
+        """The merged tensor."""
 
 
 def read_config(name_or_path: str | Path, **download: Any) -> dict[str, Any]:

@@ -12,11 +12,11 @@ from dataclasses import fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
 
-from hf_modular.merging._method import MergeMethod, check_setting
+from hf_modular.merging._method import Alias, MergeMethod, MergeSettings, check_setting
 from hf_modular.merging._settings import IGNORED, Settings, known, translated, word
 from hf_modular.merging._yaml import Document, Location, read, spelled
 
@@ -70,29 +70,23 @@ class TokenizerChoice(_Strict):
     source: str = Field(min_length=1, description="`base`, or one of the models.")
 
 
-class MergeRecipe(_Strict):
-    """What to merge and how; the keys of a recipe file.
-
-    Read one with `MergeRecipe.load`, or make one from a method's settings with `MergeRecipe.of`.
-    """
+class Recipe(_Strict):
+    """What the recipes of all kinds of merges have in common."""
 
     merge_method: str = Field(description="The method's name, or mergekit's name for it.")
     base_model: str | None = Field(default=None, min_length=1, description="What the models were fine-tuned from.")
     models: list[ModelEntry] = Field(min_length=1, description="The models to merge, in order.")
     parameters: dict[str, Any] = Field(default={}, description="The method's settings, or those of all models.")
-    dtype: DTypeName | None = Field(default=None, description="The same as `out_dtype`, which goes first.")
-    out_dtype: DTypeName | None = Field(
-        default=None, description="The dtype of the result, the base's by default; arithmetic is always fp32 or wider."
-    )
-    tokenizer_source: str | None = Field(default=None, description="`base`, or one of the models.")
-    tokenizer: TokenizerChoice | None = Field(default=None, description="The same as `tokenizer_source`.")
-    chat_template: str | None = Field(default=None, description="A Jinja template for the merged model.")
-    seed: StrictInt = Field(default=0, ge=0, lt=2**64, description="For methods that draw random numbers.")
+
+    @classmethod
+    def methods(cls) -> Mapping[str, tuple[type[MergeSettings], Alias]]:
+        """The methods by the names that may be given for them."""
+        return known()
 
     @classmethod
     def of(
         cls,
-        method: MergeMethod,
+        method: MergeSettings,
         models: Sequence[str | Path],
         base_model: str | Path | None = None,
         weights: Sequence[float] | None = None,
@@ -110,7 +104,7 @@ class MergeRecipe(_Strict):
         return cls.load(name | base | {"models": entries, "parameters": settings} | more)
 
     @classmethod
-    def load(cls, recipe: "str | Path | Mapping[str, Any] | MergeRecipe") -> Self:
+    def load(cls, recipe: "str | Path | Mapping[str, Any] | Recipe") -> Self:
         """A recipe from a file, a dictionary, or a recipe as it is."""
         if isinstance(recipe, cls):
             return recipe
@@ -119,8 +113,53 @@ class MergeRecipe(_Strict):
         try:
             return cls.model_validate(document.data)
         except ValidationError as error:
-            problems = [document.place(*problem) for problem in _problems(error)]
+            problems = [document.place(*problem) for problem in _problems(error, cls)]
         raise ValueError(f"{document.name} cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
+
+    @property
+    def task_models(self) -> list[ModelEntry]:
+        """The models that are merged into the base."""
+        return self.models
+
+    @cached_property
+    def kind(self) -> MergeSettings:
+        """The method, with the defaults of the name by which the recipe calls it."""
+        kind, alias = self.methods()[self.merge_method]
+        return kind(**alias.defaults)
+
+    @cached_property
+    def settings(self) -> Settings:
+        alias = self.methods()[self.merge_method][1]
+        models = [translated(entry.parameters, alias) for entry in self.task_models]
+        return Settings(self.kind, translated(self.parameters, alias), models)
+
+    def problems(self) -> Problems:
+        """What is wrong beside the kinds of values; the method is known."""
+        yield from _parameter_problems(self, self.parameters, ("parameters",))
+        for i, entry in enumerate(self.models):
+            yield from _parameter_problems(self, entry.parameters, ("models", i, "parameters"))
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if problems := [*_recipe_problems(self)]:
+            raise RecipeError(problems)
+        return self
+
+
+class MergeRecipe(Recipe):
+    """What to merge and how; the keys of a recipe file.
+
+    Read one with `MergeRecipe.load`, or make one from a method's settings with `MergeRecipe.of`.
+    """
+
+    dtype: DTypeName | None = Field(default=None, description="The same as `out_dtype`, which goes first.")
+    out_dtype: DTypeName | None = Field(
+        default=None, description="The dtype of the result, the base's by default; arithmetic is always fp32 or wider."
+    )
+    tokenizer_source: str | None = Field(default=None, description="`base`, or one of the models.")
+    tokenizer: TokenizerChoice | None = Field(default=None, description="The same as `tokenizer_source`.")
+    chat_template: str | None = Field(default=None, description="A Jinja template for the merged model.")
+    seed: StrictInt = Field(default=0, ge=0, lt=2**64, description="For methods that draw random numbers.")
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load` reads."""
@@ -171,37 +210,24 @@ class MergeRecipe(_Strict):
     def result_dtype(self) -> DTypeName | None:
         return self.out_dtype or self.dtype
 
-    @cached_property
+    @property
     def method(self) -> MergeMethod:
-        """The method, with the defaults of the name by which the recipe calls it."""
-        kind, alias = known()[self.merge_method]
-        return kind(**alias.defaults)
+        return cast(MergeMethod, self.kind)
 
-    @cached_property
-    def settings(self) -> Settings:
-        alias = known()[self.merge_method][1]
-        models = [translated(entry.parameters, alias) for entry in self.task_models]
-        return Settings(self.method, translated(self.parameters, alias), models)
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        if problems := [*_recipe_problems(self)]:
-            raise RecipeError(problems)
-        return self
+    def problems(self) -> Problems:
+        yield from _model_problems(self)
+        yield from _tokenizer_problems(self)
+        yield from super().problems()
 
 
-def _recipe_problems(recipe: MergeRecipe) -> Problems:
-    names = known()
-    if recipe.merge_method not in names:
-        near = difflib.get_close_matches(recipe.merge_method, names, n=1)
-        hint = f": did you mean {near[0]!r}?" if near else ""
-        yield ("merge_method",), f"there is no method {recipe.merge_method!r}, there are {sorted(names)}{hint}"
+def _recipe_problems(recipe: Recipe) -> Problems:
+    names = recipe.methods()
+    if recipe.merge_method in names:
+        yield from recipe.problems()
         return
-    yield from _model_problems(recipe)
-    yield from _tokenizer_problems(recipe)
-    yield from _parameter_problems(recipe, recipe.parameters, ("parameters",))
-    for i, entry in enumerate(recipe.models):
-        yield from _parameter_problems(recipe, entry.parameters, ("models", i, "parameters"))
+    near = difflib.get_close_matches(recipe.merge_method, names, n=1)
+    hint = f": did you mean {near[0]!r}?" if near else ""
+    yield ("merge_method",), f"there is no method {recipe.merge_method!r}, there are {sorted(names)}{hint}"
 
 
 def _model_problems(recipe: MergeRecipe) -> Problems:
@@ -233,9 +259,9 @@ def _tokenizer_problems(recipe: MergeRecipe) -> Problems:
         yield ("chat_template",), f"must be Jinja text; names such as {recipe.chat_template!r} are not supported yet"
 
 
-def _parameter_problems(recipe: MergeRecipe, parameters: Mapping[str, Any], place: Location) -> Problems:
-    alias = known()[recipe.merge_method][1]
-    laws = {f.name: f.metadata for f in fields(recipe.method)} | {"weight": {"per_model": True}}
+def _parameter_problems(recipe: Recipe, parameters: Mapping[str, Any], place: Location) -> Problems:
+    alias = recipe.methods()[recipe.merge_method][1]
+    laws = {f.name: f.metadata for f in fields(recipe.kind)} | {"weight": {"per_model": True}}
     renamed = {ours for ours, _ in alias.keys.values()} - alias.keys.keys()
     for key, value in parameters.items():
         ours, convert = word(key, alias)
@@ -247,7 +273,7 @@ def _parameter_problems(recipe: MergeRecipe, parameters: Mapping[str, Any], plac
         elif place[0] == "models" and not laws[ours].get("per_model"):
             yield (*place, key), f"{key!r} cannot differ between models: put it under the recipe's `parameters`"
         else:
-            check = partial(_refusal, recipe.method, ours, convert)
+            check = partial(_refusal, recipe.kind, ours, convert)
             yield from _setting_problems(value, (*place, key), check)
 
 
@@ -268,7 +294,7 @@ def _setting_problems(setting: Any, place: Location, check: Callable[[Any], str 
         yield place, message
 
 
-def _refusal(method: MergeMethod, ours: str, convert: Callable[[Any], Any], value: Any) -> str | None:
+def _refusal(method: MergeSettings, ours: str, convert: Callable[[Any], Any], value: Any) -> str | None:
     """What the method has against a single value."""
     try:
         if ours == "weight":
@@ -282,23 +308,23 @@ def _refusal(method: MergeMethod, ours: str, convert: Callable[[Any], Any], valu
     return None
 
 
-def _problems(error: ValidationError) -> Problems:
+def _problems(error: ValidationError, kind: type[Recipe]) -> Problems:
     """Pydantic's findings, in our words where its own say too little."""
     for found in error.errors():
         cause = found.get("ctx", {}).get("error")
         if isinstance(cause, RecipeError):
             yield from cause.problems
         elif found["type"] == "extra_forbidden":
-            yield found["loc"], _unknown(found["loc"])
+            yield found["loc"], _unknown(found["loc"], kind)
         elif found["type"] == "missing":
             yield found["loc"], "this key is missing"
         else:
             yield found["loc"], f"{found['msg']}, but got {found['input']!r:.200}"
 
 
-def _unknown(place: Location) -> str:
+def _unknown(place: Location, recipe: type[Recipe]) -> str:
     if place[-1] in _NOT_YET:
         return f"{_NOT_YET[str(place[-1])]} is not supported yet"
     kinds: dict[str, type[BaseModel]] = {"models": ModelEntry, "tokenizer": TokenizerChoice}
-    kind = kinds.get(str(place[0]), MergeRecipe)
+    kind = kinds.get(str(place[0]), recipe)
     return f"there is no such key, there are {sorted(kind.model_fields)}"

@@ -4,10 +4,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 from hf_modular import merging
-from hf_modular.merging._method import Alias, MergeMethod
+from hf_modular.merging._method import Alias, MergeMethod, MergeSettings
 
 IGNORED = ("int8_mask",)  # how mergekit stores a mask in memory; the result is the same
 
@@ -18,7 +18,7 @@ _LAYER = re.compile(r"\.(\d+)\.")
 class Settings:
     """The settings of a recipe, which may differ between tensors and models."""
 
-    method: MergeMethod
+    method: MergeSettings
     shared: Mapping[str, Any]  # each a value, a gradient or filtered values
     models: Sequence[Mapping[str, Any]]  # the same for each model
 
@@ -37,7 +37,7 @@ class Settings:
         given = sorted({key for model in own for key in model} & _per_model(self.method))
         each = {key: _for_each(own, key, getattr(method, key)) for key in given}
         weight = shared.get("weight")
-        return Resolved(method, _for_each(own, "weight", 1.0 if weight is None else weight), each)
+        return Resolved(cast(MergeMethod, method), _for_each(own, "weight", 1.0 if weight is None else weight), each)
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ def depths(names: Iterable[str]) -> dict[str, float]:
     return {name: _depth(*layers[name], last) if name in layers else 0.0 for name in found}
 
 
-def known() -> dict[str, tuple[type[MergeMethod], Alias]]:
+def known() -> dict[str, tuple[type[MergeSettings], Alias]]:
     """Every name of a method, ours and mergekit's."""
-    found: dict[str, tuple[type[MergeMethod], Alias]] = {}
+    found: dict[str, tuple[type[MergeSettings], Alias]] = {}
     for name, method in merging.METHODS.items():
         found[name] = (method, Alias())
         found |= {alias: (method, words) for alias, words in method.aliases.items()}
@@ -100,7 +100,7 @@ def _leaves(setting: Any, convert: Callable[[Any], Any]) -> Any:
     return convert(setting)
 
 
-def _per_model(method: MergeMethod) -> set[str]:
+def _per_model(method: MergeSettings) -> set[str]:
     return {f.name for f in fields(method) if f.metadata.get("per_model")}
 
 
@@ -124,5 +124,5 @@ def _interpolated(values: list[Any], depth: float) -> Any:
 
 
 @lru_cache(maxsize=1024)
-def _replaced(method: MergeMethod, settings: tuple[tuple[str, Any], ...]) -> MergeMethod:
+def _replaced(method: MergeSettings, settings: tuple[tuple[str, Any], ...]) -> MergeSettings:
     return replace(method, **dict(settings))
