@@ -133,9 +133,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             )
 
     def _is_plain_linear(self) -> bool:
-        """Whether calling the base layer is no more than a matrix product: no quantisation, no hooks."""
+        """Whether calling the base layer is no more than a frozen matrix product: no quantisation, no hooks."""
         base = self.base_layer
-        return type(base) in (nn.Linear, Conv1D) and not (base._forward_hooks or base._forward_pre_hooks)
+        hooked = base._forward_hooks or base._forward_pre_hooks
+        return type(base) in (nn.Linear, Conv1D) and not hooked and not base.weight.requires_grad
 
     # -- the rewritten weight --------------------------------------------------------------------------------
 
