@@ -299,6 +299,11 @@ class Adapter(nn.Module):
         return None if rewrites else f"{cls.__name__} acts on the layer's output and has no weight to merge"
 
 
+def plus(new: Tensor, y: Tensor) -> Tensor:
+    """new + y, written over `new` where that loses nothing: a large tensor more is slow to get."""
+    return new.add_(y) if torch.promote_types(new.dtype, y.dtype) == new.dtype else new + y
+
+
 class Factors(NamedTuple):
     """What a weight of low rank is the product of: up · core · down. One of core and down may be missing."""
 
@@ -350,7 +355,7 @@ class LowRank(Adapter):
         return self.scaled().product()
 
     def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
-        return y + (self._looked_up(x) if convolve is None else self._convolved(x, convolve))
+        return y + self._convolved(x, convolve) if convolve is not None else plus(self._looked_up(x), y)
 
     def _looked_up(self, x: Tensor) -> Tensor:  # (*, in), or the indices (*) of an embedding
         up, core, down = self.scaled()

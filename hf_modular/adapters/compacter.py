@@ -33,6 +33,7 @@ from hf_modular.adapters._method import (
     Site,
     norm_names,
     pattern_value,
+    plus,
     require_choice,
     require_rank,
 )
@@ -230,9 +231,9 @@ class Compacter(Adapter):
     def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
         rule = None if self.shared is None else self.shared.A.to(y.device)
         # one matrix of all tokens: of other inputs a product takes another path where gradients are wanted
-        h = y.to(self.down.bias.dtype).reshape(-1, y.shape[-1])
-        hidden = ACTIVATIONS[self.activation](self.down(h, rule))
-        return y + self.up(hidden, rule).reshape(y.shape)
+        h = y.reshape(-1, y.shape[-1])
+        hidden = ACTIVATIONS[self.activation](self.down(h.to(self.down.bias.dtype), rule))
+        return plus(self.up(hidden, rule), h).reshape(y.shape)
 
 
 def _bottleneck(config: CompacterConfig, site: Site) -> int:
