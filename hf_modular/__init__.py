@@ -11,13 +11,16 @@ from hf_modular import _after_peft
 from hf_modular._version import __version__
 
 if TYPE_CHECKING:
+    from hf_modular.adapter_merging import AdapterRecipe, AdapterReport, merge_adapter_files, merge_adapters
     from hf_modular.adapters import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
+    from hf_modular.fisher_information import fisher_information
     from hf_modular.hub import push_to_hub
     from hf_modular.merging import (
         ArceeFusionConfig,
         BreadcrumbsConfig,
         DAREConfig,
         DELLAConfig,
+        FisherConfig,
         KarcherConfig,
         LinearConfig,
         MergeRecipe,
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
         NearSwapConfig,
         NuSLERPConfig,
         PassthroughConfig,
+        PCBConfig,
         SCEConfig,
         SLERPConfig,
         TaskArithmeticConfig,
@@ -36,12 +40,15 @@ if TYPE_CHECKING:
     )
 
 _HOME = {
+    "AdapterRecipe": "adapter_merging",
+    "AdapterReport": "adapter_merging",
     "ArceeFusionConfig": "merging",
     "BreadcrumbsConfig": "merging",
     "CompacterConfig": "adapters",
     "DAREConfig": "merging",
     "DELLAConfig": "merging",
     "FLoRAConfig": "adapters",
+    "FisherConfig": "merging",
     "HUTConfig": "adapters",
     "KarcherConfig": "merging",
     "LinearConfig": "merging",
@@ -52,25 +59,32 @@ _HOME = {
     "MultiSLERPConfig": "merging",
     "NearSwapConfig": "merging",
     "NuSLERPConfig": "merging",
+    "PCBConfig": "merging",
     "PassthroughConfig": "merging",
     "SCEConfig": "merging",
     "SLERPConfig": "merging",
     "SSFConfig": "adapters",
     "TIESConfig": "merging",
     "TaskArithmeticConfig": "merging",
+    "fisher_information": "fisher_information",
     "merge": "merging",
+    "merge_adapter_files": "adapter_merging",
+    "merge_adapters": "adapter_merging",
     "merge_state_dicts": "merging",
     "push_to_hub": "hub",
     "to_lora": "adapters",
 }
 
 __all__ = [
+    "AdapterRecipe",
+    "AdapterReport",
     "ArceeFusionConfig",
     "BreadcrumbsConfig",
     "CompacterConfig",
     "DAREConfig",
     "DELLAConfig",
     "FLoRAConfig",
+    "FisherConfig",
     "HUTConfig",
     "KarcherConfig",
     "LinearConfig",
@@ -81,6 +95,7 @@ __all__ = [
     "MultiSLERPConfig",
     "NearSwapConfig",
     "NuSLERPConfig",
+    "PCBConfig",
     "PassthroughConfig",
     "SCEConfig",
     "SLERPConfig",
@@ -88,7 +103,10 @@ __all__ = [
     "TIESConfig",
     "TaskArithmeticConfig",
     "__version__",
+    "fisher_information",
     "merge",
+    "merge_adapter_files",
+    "merge_adapters",
     "merge_state_dicts",
     "push_to_hub",
     "to_lora",

@@ -1,0 +1,92 @@
+"""What a merge or an extraction of adapters did, and how near its result comes to what was wanted."""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hf_modular._version import __version__
+from hf_modular.adapter_merging._fit import Fitted
+
+REPORT = "merge_report.json"
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What was done.
+
+    Args:
+        method (`str`):
+            The merge method, or `"extract"`.
+        adapters (`list[str]`):
+            What was merged, in order.
+        peft_type (`str`):
+            The type of the result.
+        layers (`dict[str, dict]`):
+            For each layer its `rank`, if it has one, and its relative `error`: the norm of what the result's change
+            of the layer lacks over the norm of the wanted change, before the result was rounded to its dtype.
+        error (`float`):
+            The relative error of all layers together.
+        settings (`dict`):
+            How it was done.
+        notes (`list[str]`):
+            What was decided and may surprise.
+        tasks (`dict[str, float]`):
+            The relative error of each task that the result holds, if it holds several.
+    """
+
+    method: str
+    adapters: list[str]
+    peft_type: str
+    layers: dict[str, dict[str, Any]]
+    error: float
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    tasks: dict[str, float] = field(default_factory=dict)
+    hf_modular: str = __version__
+
+    def save(self, folder: str | Path) -> None:
+        (Path(folder) / REPORT).write_text(self.to_json() + "\n", "utf-8")
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False)
+
+    def summary(self) -> str:
+        """What was done, in a line, and a line for each note and each task."""
+        notes = "".join(f"note: {note}\n" for note in self.notes)
+        tasks = "".join(f"\n  {task}: relative error {error:.3g}" for task, error in self.tasks.items())
+        done = f"{len(self.adapters)} by {self.method} into {self.peft_type}, {len(self.layers)} layers"
+        return f"{notes}Merged {done}, relative error {self.error:.3g}{tasks}"
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "AdapterReport":
+        return cls(**json.loads((Path(folder) / REPORT).read_text("utf-8")))
+
+
+def errors(fitted: Mapping[str, Fitted]) -> tuple[dict[str, dict[str, Any]], float]:
+    """Of each layer, and in total."""
+    layers = {
+        name: ({} if layer.rank is None else {"rank": layer.rank}) | {"error": relative(layer.error, layer.norm)}
+        for name, layer in fitted.items()
+    }
+    total = [sum(numbers) for numbers in zip(*((layer.error, layer.norm) for layer in fitted.values()), strict=True)]
+    return layers, relative(*total) if total else 0.0
+
+
+def relative(error: float, norm: float) -> float:
+    """√(error / norm), 0 for a change that is nothing."""
+    return (error / norm) ** 0.5 if norm > 0 else 0.0
+
+
+def warn_of(report: AdapterReport, threshold: float, remedy: str) -> None:
+    """Warn if the result is further than the threshold from what was wanted."""
+    worst: Sequence[str] = sorted(report.layers, key=lambda name: -report.layers[name]["error"])[:3]
+    if report.error > threshold:
+        named = ", ".join(f"{name} {report.layers[name]['error']:.2f}" for name in worst)
+        warnings.warn(
+            f"The result has a relative error of {report.error:.2f}, above {threshold} (worst layers: {named}). "
+            f"{remedy}",
+            stacklevel=3,
+        )
