@@ -19,12 +19,12 @@ from huggingface_hub.errors import (
 from huggingface_hub.errors import HTTPError as AnyHttpError  # type: ignore[attr-defined]  # its base class
 from huggingface_hub.hf_api import RepoFile, RepoSibling
 
-from hf_modular._artifact import CARD, OWNED, Artifact, check_values, read_artifact
-from hf_modular._card_subject import Place
-from hf_modular._card_text import read_card
-from hf_modular._origins import Entry, Lookup
 from hf_modular._version import __version__
 from hf_modular.cards import Card, Facts, make_card
+from hf_modular.cards._artifact import CARD, OWNED, Artifact, check_values, read_artifact
+from hf_modular.cards._origins import Entry, Lookup
+from hf_modular.cards._subject import Place
+from hf_modular.cards._text import read_card
 
 logger = logging.getLogger(__name__)
 

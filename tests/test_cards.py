@@ -9,10 +9,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData, constants
 from safetensors.torch import save_file
 
-from hf_modular._card_text import read_card
-from hf_modular._origins import is_hub_id, trace
 from hf_modular.cards import save_card
-from hf_modular.licenses import Terms, resolve, stated_terms
+from hf_modular.cards._licenses import Terms, resolve, stated_terms
+from hf_modular.cards._origins import is_hub_id, trace
+from hf_modular.cards._text import read_card
 
 PEFT_CARD = ModelCard.from_template(ModelCardData()).content + "\n### Framework versions\n\n- PEFT 0.21.2"
 TRAINER_CARD = """\

@@ -4,8 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from hf_modular._artifact import ADAPTER_CONFIG, Artifact
-from hf_modular._card_subject import (
+from hf_modular.cards._artifact import ADAPTER_CONFIG, Artifact
+from hf_modular.cards._origins import Lookup, Origin, trace
+from hf_modular.cards._subject import (
     NO_ORIGIN,
     TASKS,
     Place,
@@ -21,7 +22,6 @@ from hf_modular._card_subject import (
     transformers_import,
     without_paths,
 )
-from hf_modular._origins import Lookup, Origin, trace
 
 OWN_TYPES = "HFM_"  # how the adapter types of this package begin; PEFT alone knows none of them
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import yaml
 
 from hf_modular import merging
-from hf_modular._artifact import MERGE_RECIPE, MERGE_REPORT, Artifact
-from hf_modular._card_subject import (
+from hf_modular.cards._artifact import MERGE_RECIPE, MERGE_REPORT, Artifact
+from hf_modular.cards._origins import Lookup, Origin, trace
+from hf_modular.cards._subject import (
     NO_ORIGIN,
     Place,
     Subject,
@@ -22,7 +23,6 @@ from hf_modular._card_subject import (
     transformers_import,
     without_paths,
 )
-from hf_modular._origins import Lookup, Origin, trace
 
 _SHOWN_FILES = 3
 

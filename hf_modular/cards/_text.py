@@ -14,7 +14,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
-from hf_modular._origins import parse_metadata
+from hf_modular.cards._origins import parse_metadata
 
 UNKNOWN = "Unknown"
 # sections that hold what a card was told; the others are made from the files

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from hf_modular._artifact import Artifact
-from hf_modular._origins import Origin, is_hub_id
+from hf_modular.cards._artifact import Artifact
+from hf_modular.cards._origins import Origin, is_hub_id
 
 
 class Task(NamedTuple):

@@ -18,7 +18,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.repocard import REGEX_YAML_BLOCK
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # imported there, not listed
 
-from hf_modular.licenses import Terms, stated_terms
+from hf_modular.cards._licenses import Terms, stated_terms
 
 _SNAPSHOT = re.compile(r"models--(?P<id>.+?)/snapshots/(?P<sha>[0-9a-f]{40})")
 

@@ -13,14 +13,14 @@ from typing import Any, TypedDict, Unpack
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from hf_modular._artifact import CARD, Artifact, read_artifact
-from hf_modular._card_adapter import describe_adapter
-from hf_modular._card_model import describe_model
-from hf_modular._card_subject import NO_ORIGIN, Place, Subject, size_text
-from hf_modular._card_text import DATA, LIMITS, PROCEDURE, CardText, read_card, seal
-from hf_modular._origins import Lookup, cached_entry, is_hub_id, sha256_of
 from hf_modular._version import __version__
-from hf_modular.licenses import Terms, Verdict, resolve, stated_terms
+from hf_modular.cards._adapter import describe_adapter
+from hf_modular.cards._artifact import CARD, Artifact, read_artifact
+from hf_modular.cards._licenses import Terms, Verdict, resolve, stated_terms
+from hf_modular.cards._model import describe_model
+from hf_modular.cards._origins import Lookup, cached_entry, is_hub_id, sha256_of
+from hf_modular.cards._subject import NO_ORIGIN, Place, Subject, size_text
+from hf_modular.cards._text import DATA, LIMITS, PROCEDURE, CardText, read_card, seal
 
 NO_PLACE = Place("path/to/this/folder")
 
@@ -233,7 +233,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _template(*names: str) -> str:
-    folder = files("hf_modular") / "templates"
+    folder = files("hf_modular.cards") / "templates"
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
