@@ -7,6 +7,7 @@ occur twice and index entries that leave the folder are refused. No file is mapp
 counts as resident memory.
 """
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from threading import Lock
 from types import TracebackType
@@ -27,6 +29,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 STAGING = ".merge-in-progress"
+JOURNALED = 1 << 30  # bytes of complete tensors between two entries in the journal
+_JOURNAL, _LOCK = "journal", "lock"
+_WRITING, _REMOVING, _MOVING = "writing", "removing", "moving"
 
 DTYPES = {
     "F64": torch.float64,
@@ -110,7 +115,12 @@ class Checkpoint:
                 f"{name} has {tensor.numel} elements of {tensor.dtype}, "
                 f"but {out.numel()} of {out.dtype} were asked for from {start=}, to be read into one run of memory"
             )
-        _read(self._descriptor(tensor.file), _bytes(out), tensor.start + start * out.itemsize, tensor.file)
+        self.read_bytes(name, start * out.itemsize, _bytes(out))
+
+    def read_bytes(self, name: str, start: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from the given one on, which must exist."""
+        tensor = self.tensors[name]
+        _read(self._descriptor(tensor.file), out, tensor.start + start, tensor.file)
 
     def close(self) -> None:
         with self._lock:
@@ -129,6 +139,8 @@ class Checkpoint:
         return out
 
     def _descriptor(self, file: Path) -> int:
+        if (known := self._descriptors.get(file)) is not None:  # no lock for the many calls after the first
+            return known
         with self._lock:
             if file not in self._descriptors:
                 self._descriptors[file] = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -159,9 +171,21 @@ class CheckpointWriter:
     """A checkpoint in the making, to which several threads may write; used as a context.
 
     Shards, offsets and headers are planned from `tensors` before a byte is written, so a tensor can be
-    written in any order and in pieces. Everything lies in a folder inside the output folder until `commit`,
-    which moves the index (or the only file) last: whatever breaks the run, there is either no checkpoint or a
-    complete one. Leaving the context without `commit` removes what was written.
+    written in any order and in pieces, but each element once. Everything lies in a folder inside the output folder
+    until `commit`, which moves the index (or the only file) last: whatever breaks the run, there is either no
+    checkpoint or a complete one. Leaving the context without `commit` removes what was written.
+
+    A run that was killed leaves its folder and in it a journal of the tensors that are on the disk. Another with
+    `resume=True` finds them in `finished`, or `committed` if only the moving was left to do, which it has then done.
+
+    Args:
+        folder: The output folder.
+        tensors: What will be written.
+        max_shard_size: The largest file, such as "5GB".
+        overwrite: Replace a checkpoint that is in the folder.
+        identity: All that the content depends on. A run is only resumed by one with the same.
+        resume: Go on where a killed run stopped; from the beginning if there is none.
+        join: Write beside another process, which opened the same and will commit.
     """
 
     def __init__(
@@ -171,31 +195,49 @@ class CheckpointWriter:
         *,
         max_shard_size: int | str = "5GB",
         overwrite: bool = False,
+        identity: str = "",
+        resume: bool = False,
+        join: bool = False,
     ) -> None:
         self.folder = Path(folder)
         self.staging = self.folder / STAGING
-        self._overwrite = overwrite
+        self.finished: set[str] = set()
+        self.committed = False
+        self._overwrite, self._resume, self._join = overwrite, resume, join
         self._shards = plan_shards(tensors, max_shard_size)
+        layout = {file: [*held] for file, held in self._shards.items()}
+        self._journal = Journal(self.staging / _JOURNAL, f"{identity}{json.dumps(layout)}")
+        self._left = {name: tensor.nbytes for name, tensor in tensors.items()}
+        self._ready: list[str] = []  # written, but perhaps not on the disk
+        self._counting = Lock()
         self._places: dict[str, tuple[int, int, TensorInfo]] = {}  # descriptor, first byte
         self._descriptors: list[int] = []
 
     def __enter__(self) -> Self:
         from filelock import FileLock, Timeout
 
+        if self._join:
+            self._open_shards()
+            return self
         self._created = not self.folder.exists()
-        refuse_occupied(self.folder, overwrite=self._overwrite)
+        moving = self._resume and self._journal.state in (_REMOVING, _MOVING)
+        refuse_occupied(self.folder, overwrite=self._overwrite or moving)
         self.staging.mkdir(parents=True, exist_ok=True)
-        self._running = FileLock(self.staging / "lock")
+        self._running = FileLock(self.staging / _LOCK)
         try:
             self._running.acquire(timeout=0)
         except Timeout:
             raise ValueError(
                 f"another merge is writing to {self.folder}: wait for it or choose another folder"
             ) from None
+        if self._resume and not self._journal.fits():
+            self._running.release()
+            raise ValueError(
+                f"only the merge that was interrupted can be resumed, but the one in {self.staging} had another "
+                "recipe, other inputs, other versions or another shard size: start without resuming, which discards it"
+            )
         try:
-            self._clear()
-            for file, tensors in self._shards.items():
-                self._allocate(file, tensors)
+            self._begin()
         except BaseException:
             self._abandon()
             raise
@@ -204,7 +246,9 @@ class CheckpointWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._running.is_locked:
+        if self._join:
+            self._close()
+        elif self._running.is_locked:
             self._abandon()
 
     @property
@@ -220,54 +264,156 @@ class CheckpointWriter:
                 f"{name} was planned as {tensor.numel} elements of {tensor.dtype}, "
                 f"but got {data.numel()} of {data.dtype} at {start=}"
             )
-        _write(descriptor, _bytes(data), place + start * data.itemsize)
+        try:
+            _write(descriptor, _bytes(data), place + start * data.itemsize)
+        except OSError as error:
+            raise _named(error, self.folder) from error
+        self._count(name, data.nbytes)
+
+    def sync(self) -> None:
+        """Wait until all that was written is on the disk."""
+        for descriptor in self._descriptors:
+            os.fsync(descriptor)
 
     def commit(self) -> None:
         """Make the checkpoint visible: every byte reaches the disk first, and what transformers looks for
         comes last.
         """
-        for descriptor in self._descriptors:
-            os.fsync(descriptor)
-        marker = self._write_index() if len(self._shards) > 1 else WEIGHTS
-        staged = sorted(p for p in self.staging.iterdir() if p.name not in ("lock", marker))
-        if self._overwrite:
-            _remove_checkpoint(self.folder)
-        for path in (*staged, self.staging / marker):
+        self.sync()
+        if len(self._shards) > 1:
+            self._write_index()
+        for path in self._staged():
             _sync(path)
+        self._journal.add(_REMOVING)
+        self._publish()
+
+    def _publish(self) -> None:
+        """What remains to be done once everything is on the disk, at whatever point it was interrupted."""
+        if self._journal.state == _REMOVING:
+            if self._overwrite:
+                _remove_checkpoint(self.folder)
+            self._journal.add(_MOVING)
+        for path in self._staged():
             path.replace(self.folder / path.name)
         _sync(self.folder)
-        self._created = False
+        self.committed, self._created = True, False
         self._abandon()
+
+    def _staged(self) -> list[Path]:
+        """What is to be moved, the file by which a checkpoint is known last."""
+        marker = INDEX if len(self._shards) > 1 else WEIGHTS
+        found = [path for path in self.staging.iterdir() if path.name not in (_LOCK, _JOURNAL)]
+        return sorted(found, key=lambda path: (path.name == marker, path.name))
+
+    def _begin(self) -> None:
+        """Take up what an interrupted run left, or make the files anew; the lock says that it runs no more."""
+        if self._resume and self._journal.state in (_REMOVING, _MOVING):
+            self._publish()
+        elif self._resume and self._journal.state == _WRITING:
+            self._open_shards()
+            self.finished = self._journal.finished & self._places.keys()
+            self._clear(keep=(_LOCK, _JOURNAL, *self._shards))
+        else:
+            self._clear(keep=(_LOCK,))
+            for file, tensors in self._shards.items():
+                self._allocate(file, tensors)
+            self._journal.begin()
 
     def _allocate(self, file: str, tensors: Mapping[str, TensorInfo]) -> None:
         header, starts, size = _layout(tensors)
         descriptor = os.open(self.staging / file, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._descriptors.append(descriptor)
-        os.truncate(descriptor, size)
-        _write(descriptor, memoryview(header), 0)
+        try:
+            os.truncate(descriptor, size)
+            _write(descriptor, memoryview(header), 0)
+        except OSError as error:
+            raise _named(error, self.folder) from error
         self._places |= {name: (descriptor, starts[name], tensor) for name, tensor in tensors.items()}
 
-    def _write_index(self) -> str:
+    def _open_shards(self) -> None:
+        for file, tensors in self._shards.items():
+            descriptor = os.open(self.staging / file, os.O_RDWR | os.O_CLOEXEC)
+            self._descriptors.append(descriptor)
+            starts = _layout(tensors)[1]
+            self._places |= {name: (descriptor, starts[name], tensor) for name, tensor in tensors.items()}
+
+    def _count(self, name: str, size: int) -> None:
+        """Note in the journal, a gigabyte at a time, which tensors are complete and on the disk."""
+        with self._counting:
+            self._left[name] -= size
+            if self._left[name] or self._join:
+                return
+            self._ready.append(name)
+            if sum(self._places[ready][2].nbytes for ready in self._ready) < JOURNALED:
+                return
+            noted, self._ready = self._ready, []
+        self.sync()
+        self._journal.finish(noted)
+
+    def _write_index(self) -> None:
         sizes = [tensor.nbytes for tensors in self._shards.values() for tensor in tensors.values()]
         files = {name: file for file, tensors in self._shards.items() for name in tensors}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(files.items()))}
         (self.staging / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-        return INDEX
 
-    def _clear(self) -> None:
-        """Remove what an interrupted run left; the lock says that it runs no more."""
+    def _clear(self, keep: Sequence[str]) -> None:
         for path in self.staging.iterdir():
-            if path.name != "lock":
+            if path.name not in keep:
                 path.unlink()
 
-    def _abandon(self) -> None:
+    def _close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+    def _abandon(self) -> None:
+        self._close()
         shutil.rmtree(self.staging, ignore_errors=True)
         self._running.release()
         if self._created:
             with suppress(OSError):  # somebody put a file there in the meantime
                 self.folder.rmdir()
+
+
+class Journal:
+    """How far a run has come: what run it is, and a line for each step, of which one that a crash cut does not count.
+
+    The names of tensors are in quotation marks, so none is taken for anything else.
+    """
+
+    def __init__(self, path: Path, identity: str) -> None:
+        self._path = path
+        self._identity = sha256(identity.encode()).hexdigest()
+        self._lock = Lock()
+
+    def begin(self) -> None:
+        self.add(self._identity, _WRITING)
+
+    def finish(self, tensors: Iterable[str]) -> None:
+        self.add(*map(json.dumps, tensors))
+
+    def add(self, *lines: str) -> None:
+        text = "".join(line + "\n" for line in lines)
+        with self._lock, self._path.open("a", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def fits(self) -> bool:
+        """Whether this is the same run, or none has begun."""
+        return not self._lines or self._lines[0] == self._identity
+
+    @property
+    def state(self) -> str | None:
+        return next((state for state in (_MOVING, _REMOVING, _WRITING) if state in self._lines), None)
+
+    @property
+    def finished(self) -> set[str]:
+        return {json.loads(line) for line in self._lines if line.startswith('"')}
+
+    @property
+    def _lines(self) -> list[str]:
+        text = self._path.read_text("utf-8") if self._path.is_file() else ""
+        return text.split("\n")[:-1]
 
 
 def save_checkpoint(folder: str | Path, tensors: Mapping[str, Tensor], **options: Any) -> None:
@@ -478,6 +624,15 @@ def _read(descriptor: int, out: memoryview, place: int, file: Path) -> None:
                 f"{file} ends at byte {place + done}, before its header says: it changed during the merge"
             )
         done += count
+
+
+def _named(error: OSError, folder: Path) -> OSError:
+    """An error of the disk, with what it means for the merge."""
+    reason = "the disk is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else error.strerror
+    return OSError(
+        f"{reason}: the result cannot be written to {folder}, and what was written of it is removed; "
+        "free some space or choose another folder"
+    )
 
 
 def _write(descriptor: int, data: memoryview, place: int) -> None:

@@ -30,11 +30,13 @@ def merge(
     max_shard_size: Annotated[str, typer.Option(help="The largest file of weights.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
     hashes: Annotated[bool, typer.Option(help="Note the SHA-256 of all weights in the report.")] = True,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where the same merge was killed.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge models into a folder that transformers loads."""
     from hf_modular.merging import merge as run
+    from hf_modular.merging._processes import processes
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has the same notes
@@ -47,8 +49,11 @@ def merge(
             max_shard_size=max_shard_size,
             overwrite=overwrite,
             hashes=hashes,
+            resume=resume,
             progress=not (quiet or as_json),
         )
+    if not processes().first:
+        return
     if as_json:
         typer.echo(report.to_json())
     elif not quiet:

@@ -5,7 +5,7 @@ the inputs, the settings and the seed, so neither the number of threads nor the 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -78,11 +78,17 @@ class Engine:
     _kept: local = field(default_factory=local)
     _memory: Budget = field(default_factory=lambda: Budget(_WHOLE_TENSORS))
 
-    def run(self, output: Output, pool: Workers, progress: Callable[[int], object]) -> None:
-        """Merge everything; `progress` is told of bytes of the result as they are done."""
+    def run(
+        self,
+        output: Output,
+        pool: Workers,
+        progress: Callable[[int], object],
+        only: Container[str] | None = None,
+    ) -> None:
+        """Merge everything, or `only` some tensors; `progress` is told of bytes of the result as they are done."""
         with one_thread(), torch.no_grad():
             survey = self._survey_model(pool)
-            for done in pool.map(lambda group: self._work(group, survey, output), self._groups()):
+            for done in pool.map(lambda group: self._work(group, survey, output), self._surveyed(pool, only)):
                 progress(done)
 
     def stack(self, piece: Piece) -> Stack:
@@ -130,14 +136,23 @@ class Engine:
         """The tensors that a method needs in one piece."""
         return {name for name in self._sizes if not self.settings[name].method.elementwise}
 
-    def _groups(self) -> Iterator[list[Piece]]:
+    def _groups(self, only: Container[str] | None) -> Iterator[list[Piece]]:
         """The pieces that a thread takes at a time: whole tensors first, from the largest on, so none comes late."""
-        sizes = {name: _numel(like) for name, like in self.plan.items()}
+        sizes = {name: _numel(like) for name, like in self.plan.items() if only is None or name in only}
         large_first = dict(sorted(sizes.items(), key=lambda item: -item[1]))
         whole = {name: size for name, size in large_first.items() if name in self._whole}
         yield from grouped(Pieces(whole, self._whole))
         block = self.block if self.device.type == "cpu" else _DEVICE_BLOCK
         yield from grouped(Pieces({name: sizes[name] for name in sizes if name not in whole}, block=block))
+
+    def _surveyed(self, pool: Workers, only: Container[str] | None) -> Iterator[list[Piece]]:
+        """The groups, each when what its blocks need to know of their tensors is known: all threads find it out."""
+        for group in self._groups(only):
+            for name in {piece.name: None for piece in group if not piece.whole and piece.name in self._sizes}:
+                method = self.settings[name].method
+                if method.survey_scope == "tensor":
+                    self._survey_tensor(name, method, pool.map)
+            yield group
 
     def _work(self, group: Sequence[Piece], survey: Any, output: Output) -> int:
         """Merge pieces and write them; returns the bytes written."""
@@ -189,12 +204,12 @@ class Engine:
             return None
         return method.survey(PieceStacks(Pieces(self._sizes, self._whole), self.stack, pool.map))
 
-    def _survey_tensor(self, name: str, method: MergeMethod) -> Any:
+    def _survey_tensor(self, name: str, method: MergeMethod, run: Callable[..., Any] = map) -> Any:
         """Made by the first thread that needs it, while others that need the same wait."""
         with self._locks.setdefault(name, Lock()):
             if name not in self._surveys:
                 pieces = Pieces({name: self._sizes[name]}, self._whole)
-                self._surveys[name] = method.survey(PieceStacks(pieces, self.stack))
+                self._surveys[name] = method.survey(PieceStacks(pieces, self.stack, run))
             return self._surveys[name]
 
     @contextmanager

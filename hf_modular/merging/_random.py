@@ -1,32 +1,37 @@
 """Random numbers that are a function of (run seed, tensor name, model, element), and of nothing else.
 
-Philox4x64-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) turns a key and a
-counter into bits. The key is a hash of the seed, the tensor's name and the model's place in the recipe; the
-counter is the element's flat index. So the number of an element is the same in whatever chunks, order, shards
-or workers it is drawn.
+PCG64-DXSM (O'Neill, "PCG: a family of simple fast space-efficient statistically good algorithms for random number
+generation", 2014, in the variant that numpy recommends for parallel use) gives one endless stream of bits for each
+key, which is a hash of the seed, the tensor's name and the model's place in the recipe. An element's bits lie in it at
+a place that is its flat index, and the generator can jump there. So the number of an element is the same in whatever
+chunks, order, shards or workers it is drawn. (Philox, whose counter is the place, takes twice as long.)
 """
 
+from functools import lru_cache
 from hashlib import blake2b
+from threading import local
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-_BLOCK = 32  # bytes that Philox makes of one counter
+_WORD = 8  # bytes that the generator makes at a time
+_KEPT = local()
 
 
 def bernoulli(key: str, start: int, count: int, p: float) -> Tensor:
     """True with probability p for the elements start, ..., start + count - 1.
 
-    16 bits decide for all but one element in 65,536; a second draw decides for that one, so that p is met to
-    2⁻⁶⁴ and not only to 2⁻¹⁶ (which would be a relative error of 8 % for a density of 0.0001).
+    8 bits decide for all but one element in 256; a second draw decides for that one, so that p is met to 2⁻⁶¹ and
+    not only to 2⁻⁸.
     """
-    threshold = p * 2**16
+    threshold = p * 2**8
     sure = int(threshold)
-    drawn = _lanes(key, start, count, "<u2")
+    drawn = _lanes(key, start, count, "u1")
     true = drawn < sure
-    undecided = np.flatnonzero(drawn == sure)
-    if undecided.size:
+    if threshold > sure:
+        undecided = np.flatnonzero(drawn == sure)
         true[undecided] = _hashed(key, start + undecided) < (threshold - sure)
     return torch.from_numpy(true)
 
@@ -39,23 +44,46 @@ def uniform(key: str, start: int, count: int) -> Tensor:
     return torch.from_numpy((drawn >> 8).astype(np.float32) * np.float32(2**-24))
 
 
-def _lanes(key: str, start: int, count: int, dtype: str) -> np.ndarray:
+def _lanes(key: str, start: int, count: int, dtype: str) -> np.ndarray[Any, Any]:
     """Elements start, ..., start + count - 1 of the endless array of random `dtype` that belongs to the key."""
-    per_block = _BLOCK // np.dtype(dtype).itemsize
-    block, skip = divmod(start, per_block)
-    blocks = -(-(skip + count) // per_block)
-    counter = np.array([block, 0, 0, 0], dtype=np.uint64)
-    bits = np.random.Philox(key=_digest(key), counter=counter).random_raw(blocks * _BLOCK // 8)
+    per_word = _WORD // np.dtype(dtype).itemsize
+    word, skip = divmod(start, per_word)
+    bits = _generator(key, word).random_raw(-(-(skip + count) // per_word))
     return bits.astype("<u8", copy=False).view(dtype)[skip : skip + count]
 
 
-def _hashed(key: str, indices: np.ndarray) -> np.ndarray:
+def _generator(key: str, word: int) -> np.random.PCG64DXSM:
+    """The thread's generator, set to a place in the key's stream; a new one would take longer to make."""
+    if not hasattr(_KEPT, "generator"):
+        _KEPT.generator = np.random.PCG64DXSM(0)
+    state, increment = _digest(key)
+    generator: np.random.PCG64DXSM = _KEPT.generator
+    generator.state = {
+        "bit_generator": "PCG64DXSM",
+        "state": {"state": state, "inc": increment | 1},  # an odd increment makes the period full
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    generator.advance(word)
+    return generator
+
+
+def _hashed(key: str, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     """A number in [0, 1) for each of a few scattered elements: the finaliser of SplitMix64 over key + index."""
-    z = indices.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + _digest(f"{key}\0undecided")[0]
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((z ^ (z >> np.uint64(31))) >> np.uint64(11)) * 2.0**-53
+    z = indices.astype(np.uint64)
+    z *= np.uint64(0x9E3779B97F4A7C15)
+    z += np.uint64(_digest(f"{key}\0undecided")[0] % 2**64)
+    z ^= z >> np.uint64(30)
+    z *= np.uint64(0xBF58476D1CE4E5B9)
+    z ^= z >> np.uint64(27)
+    z *= np.uint64(0x94D049BB133111EB)
+    z ^= z >> np.uint64(31)
+    z >>= np.uint64(11)
+    return z * 2.0**-53
 
 
-def _digest(key: str) -> np.ndarray:
-    return np.frombuffer(blake2b(key.encode(), digest_size=16).digest(), dtype="<u8")
+@lru_cache(maxsize=256)
+def _digest(key: str) -> tuple[int, int]:
+    """Two numbers of 128 bits."""
+    digest = blake2b(key.encode(), digest_size=32).digest()
+    return int.from_bytes(digest[:16], "little"), int.from_bytes(digest[16:], "little")

@@ -48,7 +48,7 @@ class MergeReport:
     workers: int
     device: str
     notes: list[str]
-    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    versions: dict[str, str] = field(default_factory=lambda: versions())
 
     def save(self, folder: str | Path) -> None:
         (Path(folder) / REPORT).write_text(self.to_json() + "\n", "utf-8")
@@ -81,10 +81,13 @@ def sha256(path: Path) -> str:
 
 def peak_memory() -> int:
     """The largest resident size of this process so far, in bytes."""
+    if sys.platform == "linux":  # where `getrusage` counts the process that started this one, too
+        status = Path("/proc/self/status").read_text("utf-8").splitlines()
+        return 1024 * next((int(line.split()[1]) for line in status if line.startswith("VmHWM:")), 0)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak if sys.platform == "darwin" else peak * 1024  # bytes there, kilobytes elsewhere
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     packages = {name: version(name) for name in ("hf_modular", "torch", "numpy")}
     return {**packages, "python": platform.python_version()}

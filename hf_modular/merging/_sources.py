@@ -34,6 +34,7 @@ PROCESSING_FILES = (
 )
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken")
 _BUFFER = 1 << 20  # bytes of a reading buffer that is kept
+_KEPT = local()
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,7 +49,6 @@ class Source:
         default_factory=dict
     )  # names that are not stored -> the stored name of the same tensor
     left_out: set[str] = field(default_factory=set)  # stored names that are not part of the model
-    _buffers: local = field(default_factory=local)
 
     @property
     def pinned(self) -> str:
@@ -70,17 +70,30 @@ class Source:
     def fill(self, name: str, start: int, out: Tensor) -> None:
         """Fill `out`, flat, with elements from flat index `start` on, in the dtype and on the device of `out`."""
         name = self.tied.get(name, name)
-        raw = self._buffer(out.numel(), self.weights.tensors[name].dtype)
-        self.weights.read_into(name, raw, start)
+        dtype = self.weights.tensors[name].dtype
+        if out.dtype == dtype and out.device.type == "cpu":
+            self.weights.read_into(name, out, start)
+            return
+        raw, memory = _buffer(out.numel(), dtype)
+        self.weights.read_bytes(name, start * dtype.itemsize, memory)
         out.copy_(raw)
 
-    def _buffer(self, numel: int, dtype: torch.dtype) -> Tensor:
-        size = numel * dtype.itemsize
-        if size > _BUFFER:
-            return torch.empty(numel, dtype=dtype)
-        if not hasattr(self._buffers, "bytes"):
-            self._buffers.bytes = torch.empty(_BUFFER, dtype=torch.uint8)
-        return self._buffers.bytes[:size].view(dtype)
+
+def _buffer(numel: int, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+    """Memory to read into, as elements and as bytes; a thread's next small one takes its place."""
+    if numel * dtype.itemsize > _BUFFER:
+        return _views(torch.empty(numel * dtype.itemsize, dtype=torch.uint8), dtype)
+    known: dict[Any, Any] = _KEPT.__dict__.setdefault(
+        "views", {}
+    )  # this thread's; views, because to make one takes as long as to read a few thousand bytes
+    if (numel, dtype) not in known:
+        whole = known.setdefault("bytes", torch.empty(_BUFFER, dtype=torch.uint8))
+        known[numel, dtype] = _views(whole[: numel * dtype.itemsize], dtype)
+    return known[numel, dtype]
+
+
+def _views(raw: Tensor, dtype: torch.dtype) -> tuple[Tensor, memoryview]:
+    return raw.view(dtype), raw.numpy().data
 
 
 def open_source(reference: str) -> Source:

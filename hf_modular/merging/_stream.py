@@ -3,12 +3,14 @@
 Everything that can be wrong is looked for in headers and settings before a weight is read, and reported together.
 """
 
+import json
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, partial
+from hashlib import sha256
 from pathlib import Path
 from shutil import disk_usage
 
@@ -20,8 +22,9 @@ from hf_modular.merging._engine import Engine
 from hf_modular.merging._method import MergeMethod
 from hf_modular.merging._names import Names, agree
 from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
+from hf_modular.merging._processes import Processes, processes
 from hf_modular.merging._recipe import MergeRecipe
-from hf_modular.merging._report import RECIPE, MergeReport, describe, peak_memory
+from hf_modular.merging._report import RECIPE, MergeReport, describe, peak_memory, versions
 from hf_modular.merging._settings import depths
 from hf_modular.merging._settings_files import config_changes, copy_settings
 from hf_modular.merging._sources import Source, open_source
@@ -41,8 +44,12 @@ def merge(
     overwrite: bool = False,
     max_shard_size: int | str = "5GB",
     hashes: bool = True,
+    resume: bool = False,
 ) -> MergeReport:
     """Merge checkpoints into a folder that transformers loads.
+
+    Where `accelerate launch` or `torchrun` has started several processes, each merges a part of the tensors; the
+    result is the same.
 
     Args:
         recipe: A recipe file, or what it would hold.
@@ -54,6 +61,8 @@ def merge(
         overwrite: Replace a checkpoint that is in the folder. Other files in it stay.
         max_shard_size: The largest file of weights, such as "5GB".
         hashes: Note the SHA-256 of all files of weights in the report.
+        resume: Go on where the same merge was killed, if it was; the result is the same. The recipe, the versions,
+            the shard size and the input files (by size, time of change and header) must be too.
 
     Returns:
         What was done. It is saved in the folder as `merge_report.json`, beside `merge_recipe.yaml`, which gives the
@@ -64,20 +73,36 @@ def merge(
     if seed is not None:
         recipe = MergeRecipe.load(recipe.model_dump(exclude_unset=True) | {"seed": seed})
     with ExitStack() as stack:
-        job = _Job(recipe, _opened(recipe, stack), _device(device))
-        refuse(job.problems(Path(output_dir), overwrite=overwrite))
-        writer = stack.enter_context(
-            CheckpointWriter(output_dir, job.plan, max_shard_size=max_shard_size, overwrite=overwrite)
-        )
-        pool = stack.enter_context(Workers(workers))  # after the writer, so that it ends before the files are closed
-        job.run(writer, pool, progress=progress)
-        job.add_settings(writer.staging)
-        report = job.report(writer.files, pool, hashes=hashes, started=started)
-        report.save(writer.staging)
-        writer.commit()
-    for note in report.notes:
+        ranks = processes()
+        job = _Job(recipe, _opened(recipe, stack), ranks.device(_device(device)))
+        ranks.together(lambda: refuse(job.problems(Path(output_dir), overwrite=overwrite, resume=resume)))
+        options = {
+            "max_shard_size": max_shard_size,
+            "overwrite": overwrite,
+            "identity": job.identity,
+            "resume": resume,
+        }
+        writer = CheckpointWriter(output_dir, job.plan, join=not ranks.first, **options)  # type: ignore[arg-type]
+        finished = _entered(writer, stack, ranks)
+        if not writer.committed:
+            pool = stack.enter_context(Workers(workers))  # after the writer: ends before the files are closed
+            notes = ranks.together(lambda: job.run(writer, pool, ranks, finished, progress=progress))
+            ranks.together(lambda: job.finish(writer, pool, ranks, notes, hashes=hashes, started=started))
+    report = MergeReport.load(output_dir)
+    for note in report.notes if ranks.first else []:
         warnings.warn(note, stacklevel=2)
     return report
+
+
+def _entered(writer: CheckpointWriter, stack: ExitStack, ranks: Processes) -> set[str]:
+    """Open the output, in the first process before the others; returns what an earlier run has finished."""
+    [(finished, committed), *_] = ranks.together(
+        lambda: (stack.enter_context(writer).finished, writer.committed) if ranks.first else (set(), False)
+    )
+    writer.committed = committed
+    if not committed:
+        ranks.together(lambda: None if ranks.first else stack.enter_context(writer) and None)
+    return finished
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,9 +163,15 @@ class _Job:
             },
         )
 
-    def problems(self, output: Path, *, overwrite: bool) -> Iterator[str]:
+    @cached_property
+    def identity(self) -> str:
+        """All that the result depends on: the recipe, the software, and the input files as far as a glance shows."""
+        files = [file for source in self.sources.values() for file in source.weights.files]
+        return json.dumps([self.pinned.model_dump(mode="json"), versions(), [_glance(file) for file in files]])
+
+    def problems(self, output: Path, *, overwrite: bool, resume: bool) -> Iterator[str]:
         """All that can be known to be wrong before a weight is read."""
-        yield from _output_problems(output, self.sources.values(), overwrite=overwrite)
+        yield from _output_problems(output, self.sources.values(), overwrite=overwrite or resume)
         yield from _space_problems(output, sum(tensor.nbytes for tensor in self.plan.values()))
         yield from _device_problems(self.device)
         yield from _config_problems([self.reference, *self.models])
@@ -154,12 +185,37 @@ class _Job:
             method = next((resolved.method for resolved in self.engine.settings.values()), self.recipe.method)
             yield from companion_problems(method, self.plan, len(self.models), self.engine.companions)
 
-    def run(self, writer: CheckpointWriter, pool: Workers, *, progress: bool) -> None:
+    def run(
+        self, writer: CheckpointWriter, pool: Workers, ranks: Processes, finished: Container[str], *, progress: bool
+    ) -> list[str]:
+        """Merge this process's part of what is not finished; returns what was noted on the way."""
         from huggingface_hub.utils.tqdm import tqdm
 
-        total = sum(tensor.nbytes for tensor in self.plan.values())
-        with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=None if progress else True) as bar:
-            self.engine.run(writer, pool, bar.update)
+        left = {name: tensor.nbytes for name, tensor in self.plan.items() if name not in finished}
+        mine = ranks.share(left)
+        total, quiet = sum(left[name] for name in mine), not (progress and ranks.first)
+        with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=quiet or None) as bar:
+            self.engine.run(writer, pool, bar.update, only=mine)
+        writer.sync()
+        return [*self.engine.notes]
+
+    def finish(
+        self,
+        writer: CheckpointWriter,
+        pool: Workers,
+        ranks: Processes,
+        notes: Iterable[list[str]],
+        *,
+        hashes: bool,
+        started: float,
+    ) -> None:
+        """Add to the weights what belongs beside them and make all visible; the first process does it."""
+        if not ranks.first:
+            return
+        self.engine.notes.update(dict.fromkeys(note for noted in notes for note in noted))
+        self.add_settings(writer.staging)
+        self.report(writer.files, pool, hashes=hashes, started=started).save(writer.staging)
+        writer.commit()
 
     def add_settings(self, folder: Path) -> None:
         """Write what the model needs beside its weights, and the recipe with the commits that were read."""
@@ -218,6 +274,13 @@ def _opened(recipe: MergeRecipe, stack: ExitStack) -> dict[str, Source]:
         raise problems[0]
     refuse(str(problem) for problem in problems)
     return sources
+
+
+def _glance(file: Path) -> list[object]:
+    status = file.stat()
+    with file.open("rb") as stream:
+        header = stream.read(int.from_bytes(stream.read(8), "little"))
+    return [file.name, status.st_size, status.st_mtime_ns, sha256(header).hexdigest()]
 
 
 def _device(name: str) -> torch.device:

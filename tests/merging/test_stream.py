@@ -460,35 +460,3 @@ def test_overwriting(recipe, llamas, tmp_path):
 def test_an_adapter_is_refused_by_name(llamas, tmp_path):
     with pytest.raises(ValueError, match=r"base \+ adapter is not supported yet"):
         merge(MergeRecipe.of(LinearConfig(), [f"{llamas[0].name}+org/adapter", llamas[1]]), tmp_path / "out")
-
-
-KILL = """
-import os, signal, sys, time
-from hf_modular.merging import merge
-
-for i, delay in enumerate(map(float, sys.argv[3:])):
-    child = os.fork()
-    if not child:
-        merge(sys.argv[1], f"{sys.argv[2]}-{i}", max_shard_size="9KB", workers=1, progress=False)
-        os._exit(0)
-    time.sleep(delay)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-"""
-
-
-def test_killed_at_any_moment_it_leaves_no_half_checkpoint(recipe, tmp_path):
-    """What is there after the kill is complete or no checkpoint at all, and the next run clears up."""
-    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
-    merge(recipe, tmp_path / "whole", max_shard_size="9KB")
-    expected = read(tmp_path / "whole")
-    delays = [str(0.008 * i) for i in range(16)]
-    subprocess.run([sys.executable, "-c", KILL, tmp_path / "recipe.yaml", tmp_path / "out", *delays], check=True)
-    for out in (tmp_path / f"out-{i}" for i in range(len(delays))):
-        if (out / "model.safetensors.index.json").exists():
-            assert same(read(out), expected)
-        else:
-            with pytest.raises(FileNotFoundError):
-                read(out)
-        merge(recipe, out, max_shard_size="9KB", overwrite=True)
-        assert same(read(out), expected)
