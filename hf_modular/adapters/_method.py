@@ -127,6 +127,9 @@ class AdapterConfig(PeftConfig):
                         f"`{name}` needs `target_modules` to be a list, but got {self.target_modules=} as a regular "
                         "expression. Select the layers in the expression instead."
                     )
+        chosen = self.layers_to_transform
+        if any(type(i) is not int or i < 0 for i in (chosen if isinstance(chosen, list) else [chosen or 0])):
+            raise ValueError(f"`layers_to_transform` must be numbers from 0 on, but got layers_to_transform={chosen}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform` to be given, but it is None.")
 
@@ -245,16 +248,30 @@ class Adapter(nn.Module):
 
     direct: bool = False
     on_linear: bool = False
+    tasks: tuple[str, ...] = ()  # for an adapter that holds several, of which `task` is in use
+    task: int = 0
 
     def __init__(self, config: Any, site: Site, shared: Any = None) -> None:
         super().__init__()
+
+    @classmethod
+    def made(cls, config: Any, site: Site, *shared: Any) -> "Adapter":
+        """The adapter of one layer, for a method that needs another one on some."""
+        return cls(config, site, *shared)
+
+    def for_task(self, task: str) -> Self:
+        """This adapter, with its very parameters, at another of its tasks."""
+        view = copy.copy(self)
+        view.task = self.tasks.index(task)
+        return view
 
     @staticmethod
     def share(config: Any, sites: list[Site]) -> Any:
         """What all adapters of one name share, made once for them and given to each; None if there is nothing.
 
-        An adapter registers the module that it needs of it as `self.shared`. Whole modules are shared, for bare
-        parameters come apart when they are cast, copied or loaded.
+        An adapter registers the module that it needs of it as `self.shared`, and gets at its tensors by calling it,
+        as sharded training needs. Whole modules are shared, for bare parameters come apart when they are cast,
+        copied or loaded.
         """
         return None
 
@@ -290,6 +307,10 @@ class Adapter(nn.Module):
 
     def lora(self) -> tuple[Tensor, Tensor, float] | None:
         """A (r, in, *kernel), B (out, r) and a scaling, so that `delta()` is scaling · B A; None if there are none."""
+        return None
+
+    def replacement(self) -> tuple[Tensor, Tensor | None] | None:
+        """The weight (out, in, *kernel) and bias that it puts in the place of the layer's, if that is what it does."""
         return None
 
     def unmergeable(self) -> str | None:
