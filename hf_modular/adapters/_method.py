@@ -5,12 +5,13 @@ them, so one formula serves Linear, GPT-2's Conv1D, convolutions, embeddings, no
 Everything else (several adapters, mixed batches, merging, dtypes, saving) is done by `_layer.py` and `_peft.py`.
 """
 
+import copy
 import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast, get_origin
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar, cast, get_origin
 
 import torch
 import torch.nn.functional as F

@@ -157,12 +157,15 @@ class CompacterConfig(AdapterConfig):
         return norm_names(model) if self.train_layer_norm else []
 
 
-class Rule(nn.Module):
+class CompacterRule(nn.Module):
     """The matrices Aᵢ that all PHM layers share: `A` (n, n, n)."""
 
     def __init__(self, config: CompacterConfig) -> None:
         super().__init__()
         self.A = _rule(config, 1e-4)
+
+    def forward(self) -> Tensor:
+        return self.A.clone()  # what shards a model may take a module's own tensors back after its call
 
 
 class PHM(nn.Module):
@@ -214,7 +217,7 @@ class Compacter(Adapter):
 
     direct = True
 
-    def __init__(self, config: CompacterConfig, site: Site, shared: Rule | None = None) -> None:
+    def __init__(self, config: CompacterConfig, site: Site, shared: CompacterRule | None = None) -> None:
         super().__init__(config, site)
         width = site.weight_shape[0]
         narrow = _bottleneck(config, site)
@@ -225,11 +228,11 @@ class Compacter(Adapter):
             nn.init.zeros_(self.up.last)
 
     @staticmethod
-    def share(config: CompacterConfig, sites: list[Site]) -> Rule | None:
-        return Rule(config) if config.shared_rule else None
+    def share(config: CompacterConfig, sites: list[Site]) -> CompacterRule | None:
+        return CompacterRule(config) if config.shared_rule else None
 
     def forward(self, x: Tensor, y: Tensor, convolve: Convolve | None = None) -> Tensor:
-        rule = None if self.shared is None else self.shared.A.to(y.device)
+        rule = None if self.shared is None else self.shared().to(y.device)
         # one matrix of all tokens: of other inputs a product takes another path where gradients are wanted
         h = y.reshape(-1, y.shape[-1])
         hidden = ACTIVATIONS[self.activation](self.down(h.to(self.down.bias.dtype), rule))

@@ -98,7 +98,7 @@ class MoSConfig(AdapterConfig):
             )
 
 
-class Pool(nn.Module):
+class MoSPool(nn.Module):
     """The shards of all layers of one type: `A` (e·L·l, in·kernel / l) and `B` (e·L·l, out / l)."""
 
     def __init__(self, config: MoSConfig, site: Site, layers: int) -> None:
@@ -113,6 +113,15 @@ class Pool(nn.Module):
         self.B = nn.Parameter(torch.zeros(shards, out_features // config.shards))
         if not config.init_weights:
             nn.init.uniform_(self.B, -(columns**-0.5), columns**-0.5)
+
+    def forward(
+        self,
+        index_A: Tensor,  # (r·l,)
+        index_B: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # (r·l, in·kernel / l), (r·l, out / l)
+        """The shards with these indices; the layers may lie on other devices than the pool."""
+        A, B = F.embedding(index_A.to(self.A.device), self.A), F.embedding(index_B.to(self.B.device), self.B)
+        return A.to(index_A.device), B.to(index_B.device)
 
     @staticmethod
     def _require_whole_shards(config: MoSConfig, site: Site) -> None:
@@ -129,13 +138,13 @@ class Pools:
 
     def __init__(self, config: MoSConfig, sites: list[Site]) -> None:
         self.layers = Counter(map(_type, sites))
-        self.pools: dict[tuple[object, ...], Pool] = {}
+        self.pools: dict[tuple[object, ...], MoSPool] = {}
         self.numbers: dict[str, int] = {}
         seen: Counter[tuple[object, ...]] = Counter()
         for site in sites:
             kind = _type(site)
             if kind not in seen:
-                self.pools[kind] = Pool(config, site, self.layers[kind])
+                self.pools[kind] = MoSPool(config, site, self.layers[kind])
             self.numbers[site.name] = seen[kind]
             seen[kind] += 1
 
@@ -154,13 +163,9 @@ class MoS(LowRank):
     share = staticmethod(Pools)
 
     def factors(self) -> Factors:
-        A = self._assembled(self.index_A, self.shared.A).unflatten(1, self.columns)
-        B = self._assembled(self.index_B, self.shared.B).t()
+        shards_A, shards_B = self.shared(self.index_A, self.index_B)
+        A, B = shards_A.reshape(self.rank, *self.columns), shards_B.reshape(self.rank, -1).t()
         return Factors(B, None, A) if A.ndim == 2 else Factors(B, A, None)
-
-    def _assembled(self, index: Tensor, pool: Tensor) -> Tensor:  # (r, side)
-        rows = F.embedding(index.to(pool.device), pool).reshape(self.rank, -1)
-        return rows.to(index.device)  # the layers that share a pool may lie on several devices
 
 
 def _sides(site: Site) -> tuple[int, int]:  # (out, in · kernel)
@@ -188,7 +193,7 @@ def _rank(config: MoSConfig, site: Site, layers: int) -> int:
     return rank
 
 
-def _route(pool: Pool, count: int, number: int, key: str) -> tuple[Tensor, Tensor]:
+def _route(pool: MoSPool, count: int, number: int, key: str) -> tuple[Tensor, Tensor]:
     """`count` indices for A and for B: public ones at random, then those that are the layer's own."""
     rng = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     own = pool.public + number * pool.private + torch.arange(pool.private, device="cpu")

@@ -5,13 +5,21 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from adapters.tiny import blocks, model, move, run, trainable
-from peft import PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from adapters.tiny import TOKENS, blocks, model, move, run, trainable
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file
-from torch import nn
+from torch import distributed, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import fully_shard
 
 from hf_modular import CompacterConfig, MoSConfig
-from hf_modular.adapters import AdapterConfig
+from hf_modular.adapters import Adapter, AdapterConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
 
@@ -116,6 +124,34 @@ def test_it_compiles_without_a_break(config, count):
     ours = adapted("llama", config).base_model.model
     compiled = torch.compile(ours, backend="eager", fullgraph=True)
     torch.testing.assert_close(run(compiled), run(ours))
+
+
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@METHODS
+def test_fsdp_2_shards_it_once_it_is_wrapped_before_the_layers(config, count, one_process):
+    """Its tensors are there only while it is called, as those of every module that is sharded."""
+    plain, sharded = adapted("llama", config), adapted("llama", config)
+    for module in {m.shared for m in sharded.modules() if isinstance(m, Adapter)}:
+        fully_shard(module)
+    for layer in sharded.base_model.model.model.layers:
+        fully_shard(layer)
+    fully_shard(sharded)
+    for trained in (plain, sharded):
+        optimizer = torch.optim.SGD([p for p in trained.parameters() if p.requires_grad], lr=0.1)
+        for _ in range(2):
+            trained(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    whole = get_model_state_dict(sharded, options=StateDictOptions(full_state_dict=True))
+    expected, found = get_peft_model_state_dict(plain), get_peft_model_state_dict(sharded, state_dict=whole)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 # -- in files --------------------------------------------------------------------------------------------------------
