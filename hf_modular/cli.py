@@ -118,6 +118,50 @@ def methods(
 
 
 @app.command()
+def fisher(
+    model: Annotated[str, typer.Argument(help="A model or an adapter, as a folder or a name of the Hub.")],
+    dataset: Annotated[str, typer.Argument(help="A data file, a saved data set, or a name of the Hub.")],
+    output: Annotated[Path, typer.Argument(help="A folder that is absent or empty.")],
+    split: Annotated[str, typer.Option(help="Which part of the data set.")] = "train",
+    text: Annotated[list[str], typer.Option(help="The column of the text; twice for a pair of texts.")] = ["text"],  # noqa: B006
+    label: Annotated[str, typer.Option(help="The column of the labels, if there is one.")] = "label",
+    tokens: Annotated[bool, typer.Option("--tokens", help="The data set has tokens already.")] = False,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text.", min=1)] = 128,
+    examples: Annotated[int, typer.Option(help="How many, drawn by the seed.", min=1)] = 4096,
+    labels: Annotated[str, typer.Option(help="auto, expected, sampled or given.")] = "auto",
+    include: Annotated[str, typer.Option(help="Only parameters whose names match this regular expression.")] = "",
+    merged: Annotated[bool, typer.Option("--merged", help="Of the model with the adapter merged into it.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Examples at once.", min=1)] = 4,
+    seed: Annotated[int, typer.Option(help="For the choice of examples and for sampled labels.")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, or bfloat16 for square roots in half the space.")] = "float32",
+    device: Annotated[str, typer.Option(help="Where to compute; `auto` for each process's own.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Compute a model's Fisher information on texts, for `merge_method: fisher`; also under `accelerate launch`."""
+    from hf_modular._loading import load_model, load_texts
+    from hf_modular.fisher_information import fisher_information
+
+    columns = [] if tokens else text
+    rows = load_texts(dataset, split, model, columns, label=label, max_length=max_length, examples=examples, seed=seed)
+    options: Any = {"labels": labels, "dtype": dtype}
+    fisher_information(
+        load_model(model, device),
+        rows,
+        output,
+        include=include,
+        merged=merged,
+        batch_size=batch_size,
+        seed=seed,
+        progress=not quiet,
+        overwrite=overwrite,
+        **options,
+    )
+    if not quiet:
+        typer.echo(f"the Fisher information on {len(rows)} examples is in {output}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="A folder that is absent, empty or of an earlier demo.")] = Path(
         "demo-output"

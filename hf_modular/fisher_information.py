@@ -23,6 +23,7 @@ from hf_modular._likelihood import Problem
 from hf_modular._over_data import Store, sums_over
 from hf_modular._per_example import SquaredGradients
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
+from hf_modular.merging._method import check_setting
 
 CONFIG = "fisher_config.json"
 
@@ -66,6 +67,8 @@ def fisher_information(
         progress: Show a progress bar on a terminal.
         overwrite: Replace a checkpoint that is in the folder.
     """
+    check_setting("labels", labels, Literal["auto", "expected", "sampled", "given"])
+    check_setting("dtype", dtype, Literal["float32", "bfloat16"])
     if len(dataset) == 0:
         raise ValueError("Fisher information needs at least one example, but the data set is empty")
     if output_dir is not None:
