@@ -79,30 +79,26 @@ class SparseTaskVectors(MergeMethod):
 
     def survey(self, stacks: Stacks) -> Survey:
         plan = self.plan(stacks)
-        return Survey(plan, self._ratios(stacks, plan) if self.rescale == "norm" and self.elementwise else None)
+        if self.rescale != "norm" or not self.elementwise:
+            return Survey(plan, None)
+        return Survey(plan, norm_ratios(stacks.map(lambda stack: norms(stack, self.thinned(stack, plan)))))
 
     def merge(self, stack: Stack, survey: Survey) -> Tensor:
-        kept = [*self._thinned(stack, survey.plan)]
-        factors = self._factors(stack, kept) if survey.ratios is None else survey.ratios
-        scales = zip(kept, stack.weights.tolist(), factors, strict=True)
-        terms = [term.mul_(weight * factor) for term, weight, factor in scales]
-        return self._combined(terms, stack.weights).mul_(self.scale).add_(stack.base)
+        return self.fused(stack, self.thinned(stack, survey.plan), survey.ratios)
 
-    def _thinned(self, stack: Stack, plan: Any) -> Iterator[Tensor]:  # n times (*shape)
+    def thinned(self, stack: Stack, plan: Any = None) -> Iterator[Tensor]:  # n times (*shape)
         return (self.thin(stack, i, density, plan) for i, density in enumerate(self.densities(stack)))
 
-    def _factors(self, stack: Stack, kept: Sequence[Tensor]) -> list[float]:
-        """cᵢ; with "norm" those of a whole tensor."""
-        if self.rescale == "norm":
-            return [_ratio(_l1_norm(w - stack.base), _l1_norm(k)) for w, k in zip(stack.models, kept, strict=True)]
-        return [self.inverse(d) if self.rescale == "inverse" else 1.0 for d in self.densities(stack)]
+    def fused(self, stack: Stack, kept: Iterable[Tensor], ratios: Sequence[float] | None) -> Tensor:  # (*shape)
+        """Thin task vectors, which it uses up, as one merged model."""
+        weights = stack.weights.tolist()
+        scales = (weight * factor for weight, factor in zip(weights, ratios or self._factors(stack), strict=True))
+        terms = [term.mul_(scale) for term, scale in zip(kept, scales, strict=True)]
+        return self._combined(terms, stack.weights).mul_(self.scale).add_(stack.base)
 
-    def _ratios(self, stacks: Stacks, plan: Any) -> list[float]:
-        """cᵢ with "norm", of a tensor in chunks."""
-        norms = stacks.map(lambda stack: [*map(_l1_norm, (*stack.deltas, *self._thinned(stack, plan)))])
-        totals = [math.fsum(parts) for parts in zip(*norms, strict=True)]
-        n = len(totals) // 2
-        return [_ratio(*pair) for pair in zip(totals[:n], totals[n:], strict=True)]
+    def _factors(self, stack: Stack) -> list[float]:
+        """cᵢ without "norm"."""
+        return [self.inverse(density) if self.rescale == "inverse" else 1.0 for density in self.densities(stack)]
 
     def _combined(self, terms: Sequence[Tensor], weights: Tensor) -> Tensor:  # (*shape)
         total = summed(terms)
@@ -134,26 +130,25 @@ def elected(total: Tensor, election: Election) -> Tensor:  # (*shape)
 def agreeing(terms: Iterable[Tensor], signs: Tensor, shares: Sequence[float] | None) -> Tensor:  # (*shape)
     """Σᵢ Aᵢ tᵢ, with shares divided by Σᵢ Aᵢ shareᵢ; 0 where nobody agrees.
 
-    Masks of floating-point numbers, all products with which are exact, are several times faster than boolean ones.
+    The masks are floating-point numbers, whose products are exact, and which are several times faster than booleans.
     """
-    total, divisor = torch.zeros_like(signs), torch.zeros_like(signs)
+    total, divisor, scratch = torch.zeros_like(signs), torch.zeros_like(signs), torch.empty_like(signs)
     for i, term in enumerate(terms):
-        agrees = (term * signs).clamp_(min=0)
+        agrees = torch.mul(term, signs, out=scratch).relu_()
         total.add_(agrees)
         if shares is not None:
             divisor.add_(agrees.sign_(), alpha=shares[i])
     total.mul_(signs)
-    return total if shares is None else total.div_(_nonzero(divisor))
+    return total if shares is None else total.div_(divisor.add_(torch.eq(divisor, 0, out=scratch)))
 
 
-def _nonzero(divisor: Tensor) -> Tensor:
-    """1 in place of 0."""
-    return divisor.add_(divisor.sign().abs_().neg_().add_(1))
+def norms(stack: Stack, kept: Iterable[Tensor]) -> list[float]:
+    """The L1 norms of the task vectors, and of what is kept of them."""
+    return [float(x.abs().sum(dtype=torch.float64)) for x in (*stack.deltas, *kept)]
 
 
-def _l1_norm(x: Tensor) -> float:
-    return float(x.abs().sum(dtype=torch.float64))
-
-
-def _ratio(before: float, after: float) -> float:
-    return before / after if after > 0 else 1.0
+def norm_ratios(parts: Iterable[list[float]]) -> list[float]:
+    """The `norms` of a tensor's parts as one factor for each model; they are summed without rounding."""
+    totals = [math.fsum(column) for column in zip(*parts, strict=True)]
+    halves = totals[: len(totals) // 2], totals[len(totals) // 2 :]
+    return [before / after if after > 0 else 1.0 for before, after in zip(*halves, strict=True)]

@@ -104,8 +104,8 @@ class Stacks(Protocol):
         """function(stack) for each stack, computed by the engine's workers, in the order of the stacks."""
         ...
 
-    def sample(self) -> Iterable[Stack]:
-        """A small part of the elements, spread over all tensors: for first guesses, never for results."""
+    def sample(self, of_each: int = 2048) -> Iterable[Stack]:
+        """Few of the stacks, from all tensors, and some elements of each: for first guesses, never for results."""
         ...
 
 

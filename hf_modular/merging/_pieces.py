@@ -11,7 +11,6 @@ T = TypeVar("T")
 
 _GROUP = 8  # blocks that a thread takes at a time
 _SAMPLED = 32  # one block in so many is sampled
-_SAMPLE = 2048  # elements of it
 
 
 class Piece(NamedTuple):
@@ -54,10 +53,10 @@ class PieceStacks:
         results = self.run(lambda group: [function(self.stack(piece)) for piece in group], grouped(self.pieces))
         return chain.from_iterable(results)
 
-    def sample(self) -> Iterable[Stack]:
+    def sample(self, of_each: int = 2048) -> Iterable[Stack]:
         """Of each tensor the first block and every 32nd after it, thinned."""
         chosen = (piece for piece in self.pieces if piece.start // BLOCK % _SAMPLED == 0)
-        return (_thinned(self.stack(piece)) for piece in chosen)
+        return (_thinned(self.stack(piece), of_each) for piece in chosen)
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
@@ -67,9 +66,9 @@ def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
         yield [piece] if piece.whole else [piece, *islice(remaining, _GROUP - 1)]
 
 
-def _thinned(stack: Stack) -> Stack:
+def _thinned(stack: Stack, count: int) -> Stack:
     """Some of the elements, spread evenly."""
-    step = max(stack.base.numel() // _SAMPLE, 1)
+    step = max(stack.base.numel() // count, 1)
     return replace(
         stack,
         base=stack.base.flatten()[::step],

@@ -23,6 +23,7 @@ from hf_modular.merging._method import Stack, Stacks
 Array = np.ndarray[Any, Any]
 Rows = Callable[[Stack], Iterable[Tensor]]  # the numbers that a stack gives, a tensor for each model
 
+_SAMPLE = 1 << 14  # elements of each stack of a sample
 _SPREAD = 5  # standard deviations of a sample's quantile that a guess leaves to each side,
 _UNLIKE = 0.005  # and the share of the elements by which a sample may differ from the tensor in any case
 _INFINITY = 0x7FF0  # the leading 16 bits of infinity
@@ -53,14 +54,10 @@ class Target(NamedTuple):
 
 
 class _Window(NamedTuple):
-    """The magnitudes from low to high, both included; zeros are left out, which are on neither side."""
+    """The magnitudes from low to high, both included, in the dtype of the tensor."""
 
-    low: float
-    high: float
-
-    def ends(self, dtype: np.dtype[Any]) -> tuple[Any, Any]:
-        with np.errstate(over="ignore"):
-            return max(dtype.type(self.low), np.finfo(dtype).smallest_subnormal), dtype.type(self.high)
+    low: Any
+    high: Any
 
 
 class _Part(NamedTuple):
@@ -81,18 +78,18 @@ class _View(NamedTuple):
     between: Array
     places: Array  # of those between, in the chunk
 
-    def occurrences(self, value: Any, ends: tuple[Any, Any]) -> int:
-        return int(np.count_nonzero(self._marks(value, ends)))
+    def occurrences(self, value: Any, window: _Window) -> int:
+        return int(np.count_nonzero(self._marks(value, window)))
 
-    def place(self, value: Any, ends: tuple[Any, Any], number: int) -> int:
+    def place(self, value: Any, window: _Window, number: int) -> int:
         """Where in the chunk the first, second, ... element is that equals a value."""
-        found = int(np.flatnonzero(self._marks(value, ends))[number - 1])
-        return found if value in ends else int(self.places[found])
+        found = int(np.flatnonzero(self._marks(value, window))[number - 1])
+        return found if value in window else int(self.places[found])
 
-    def _marks(self, value: Any, ends: tuple[Any, Any]) -> Array:
-        if value not in ends:
+    def _marks(self, value: Any, window: _Window) -> Array:
+        if value not in window:
             return self.between == value
-        return np.unpackbits(self.at_low if value == ends[0] else self.at_high).view(bool)
+        return np.unpackbits(self.at_low if value == window.low else self.at_high).view(bool)
 
 
 def large(x: Tensor, cut: Cut, offset: int) -> Tensor:  # (*shape)
@@ -135,7 +132,7 @@ def _part(stack: Stack, row: Tensor, windows: Iterable[_Window]) -> _Part:
 
 
 def _view(sizes: Array, window: _Window) -> _View:
-    low, high = window.ends(sizes.dtype)
+    low, high = window
     from_low, past_low, from_high, past_high = sizes >= low, sizes > low, sizes >= high, sizes > high
     places = np.flatnonzero(past_low > from_high).astype(np.int32)
     ends = np.packbits(from_low > past_low), np.packbits(from_high > past_high)
@@ -150,27 +147,26 @@ def _cut(parts: Sequence[_Part], i: int, target: Target, window: _Window) -> Cut
     if small >= size:
         return NONE
     views = [part.views[i] for part in parts]
-    ends = window.ends(views[0].between.dtype)
-    value, smaller = _find(views, ends, size, target.rank(size, nonzero))
-    counts = [view.occurrences(value, ends) for view in views]
+    value, smaller = _find(views, window, size, target.rank(size, nonzero))
+    counts = [view.occurrences(value, window) for view in views]
     before = smaller + sum(counts) - small if target.early else small - smaller
     chunk, before = _reached(counts, before)
-    split = parts[chunk].start + views[chunk].place(value, ends, before) + 1
+    split = parts[chunk].start + views[chunk].place(value, window, before) + 1
     return Cut(float(value), float(np.nextafter(value, value.dtype.type(0))), split, target.early)
 
 
-def _find(views: Sequence[_View], ends: tuple[Any, Any], size: int, rank: int) -> tuple[Any, int]:
+def _find(views: Sequence[_View], window: _Window, size: int, rank: int) -> tuple[Any, int]:
     """The magnitude of a rank, and how many are smaller."""
     between = np.concatenate([view.between for view in views])
-    at_low, at_high = (sum(view.occurrences(end, ends) for view in views) for end in ends)
-    at_high *= ends[0] < ends[1]
+    at_low, at_high = (sum(view.occurrences(end, window) for view in views) for end in window)
+    at_high *= window.low < window.high
     first = size - sum(view.beyond for view in views) - at_high - between.size  # the rank of the first that is between
     if not first - at_low <= rank < first + between.size + at_high:
         raise _OutsideError
     if rank < first:
-        return ends[0], first - at_low
+        return window.low, first - at_low
     if rank >= first + between.size:
-        return ends[1], first + between.size
+        return window.high, first + between.size
     between.partition(rank - first)
     value = between[rank - first]
     return value, first + int(np.count_nonzero(between < value))
@@ -184,7 +180,7 @@ def _reached(counts: Sequence[int], number: int) -> tuple[int, int]:
 
 
 def _guesses(stacks: Stacks, rows: Rows, targets: Sequence[Sequence[Target]]) -> list[list[_Window]]:
-    parts = zip(*([_magnitudes(stack, row) for row in rows(stack)] for stack in stacks.sample()), strict=True)
+    parts = zip(*([_magnitudes(stack, row) for row in rows(stack)] for stack in stacks.sample(_SAMPLE)), strict=True)
     samples = [np.sort(np.concatenate(model)) for model in parts]
     return [[_around(sample, target) for target in row] for sample, row in zip(samples, targets, strict=True)]
 
@@ -195,7 +191,13 @@ def _around(sample: Array, target: Target) -> _Window:
     rank = target.rank(size, int(np.count_nonzero(sample)))
     margin = 1 + math.ceil(_UNLIKE * size + _SPREAD * math.sqrt(max(rank * (1 - rank / size), 0)))
     low, high = rank - margin, rank + margin
-    return _Window(float(sample[low]) if low >= 0 else 0.0, float(sample[high]) if high < size else math.inf)
+    return _window(sample[low] if low >= 0 else 0, sample[high] if high < size else math.inf, sample.dtype)
+
+
+def _window(low: float, high: float, dtype: np.dtype[Any]) -> _Window:
+    """Without the zeros, which are on neither side and may be many."""
+    with np.errstate(over="ignore"):
+        return _Window(max(dtype.type(low), np.finfo(dtype).smallest_subnormal), dtype.type(high))
 
 
 def _bins(stacks: Stacks, rows: Rows, targets: Sequence[Sequence[Target]]) -> list[list[_Window]]:
@@ -209,23 +211,26 @@ class _Tally(NamedTuple):
     size: int
     nonzero: int
     bins: Array  # how many numbers have each leading 16 bits as fp64
+    dtype: np.dtype[Any]
 
     def plus(self, other: "_Tally") -> "_Tally":
-        return _Tally(self.size + other.size, self.nonzero + other.nonzero, self.bins + other.bins)
+        return _Tally(self.size + other.size, self.nonzero + other.nonzero, self.bins + other.bins, self.dtype)
 
     def window(self, target: Target) -> _Window:
         place = int(self.bins.cumsum().searchsorted(target.rank(self.size, self.nonzero), "right"))
-        return _Window(*(np.minimum([place, place + 1], _INFINITY) << 48).view(np.float64).tolist())
+        low, high = (np.minimum([place, place + 1], _INFINITY) << 48).view(np.float64)
+        return _window(low, high, self.dtype)
 
 
 def _tally(sizes: Array) -> _Tally:
     leading = sizes.astype(np.float64).view(np.int64) >> 48
-    return _Tally(sizes.size, int(np.count_nonzero(sizes)), np.bincount(leading, minlength=1 << 15))
+    bins = np.bincount(leading, minlength=1 << 15)
+    return _Tally(sizes.size, int(np.count_nonzero(sizes)), bins, sizes.dtype)
 
 
 def _magnitudes(stack: Stack, row: Tensor) -> Array:
     """|x|, flat; the selection is made on the CPU, whatever the device."""
-    sizes: Array = row.abs().flatten().numpy(force=True)
+    sizes: Array = row.abs().reshape(-1).numpy(force=True)
     if sizes.size and not np.isfinite(sizes.max()):
         raise ValueError(f"{stack.name} must be finite in the base and in all models, but has NaN or infinite values")
     return sizes

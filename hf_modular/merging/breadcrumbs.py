@@ -57,7 +57,7 @@ class BreadcrumbsConfig(SparseTaskVectors):
             [Target(partial(small, *pair), early=False) for small in (_smallest, _up_to_outliers)]
             for pair in zip(densities, gammas, strict=True)
         ]
-        return cuts(stacks, lambda stack: stack.deltas, targets)
+        return cuts(stacks, Stack.task_vectors, targets)
 
     def thin(self, stack: Stack, model: int, density: float, plan: list[list[Cut]]) -> Tensor:  # (*shape)
         delta = stack.models[model] - stack.base

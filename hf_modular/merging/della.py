@@ -11,8 +11,8 @@ paper's division by pᵣ, which keeps the expectation; "norm", mergekit's, keeps
 recipe "della" and "della_linear", which has no election, mean density 1 unless they say otherwise, as in mergekit.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -26,12 +26,15 @@ from hf_modular.merging._consensus import (
     Election,
     Rescale,
     SparseTaskVectors,
+    Survey,
+    norm_ratios,
+    norms,
     rescale_word,
 )
 from hf_modular.merging._method import Alias, Stack
 
 _KEYS = {"rescale": ("rescale", rescale_word)}
-_SORTED = 1 << 17  # elements that are sorted at a time, or one row
+_SORTED = 1 << 16  # elements that are sorted at a time; one row at least
 
 
 @dataclass(frozen=True)
@@ -70,14 +73,31 @@ class DELLAConfig(SparseTaskVectors):
     def inverse(self, density: float) -> float:
         return 1.0
 
-    def thin(self, stack: Stack, model: int, density: float, plan: Any) -> Tensor:  # (*shape)
+    def merge(self, stack: Stack, survey: Survey) -> Tensor:
+        """A few rows at a time, so that what is made of them stays in a core's cache."""
+        parts = [*_rows(stack)]
+        kept = [[*self.thinned(part)] for part in parts]
+        ratios = norm_ratios(map(norms, parts, kept)) if self.rescale == "norm" else None
+        merged = [self.fused(part, thin, ratios) for part, thin in zip(parts, kept, strict=True)]
+        return torch.cat(merged).view(stack.base.shape)
+
+    def thin(self, stack: Stack, model: int, density: float, plan: Any) -> Tensor:  # (rows, width)
         delta = stack.models[model] - stack.base
         if density in (0, 1):
             return delta.mul_(density)
         low, high = _window(density, stack.each("epsilon", self.epsilon)[model])
-        chances = _by_rank(delta, low, high)
+        chances = by_rank(delta, low, high)
         delta.mul_((chances - stack.uniform(model)).sign_().clamp_(min=0))
         return delta.div_(chances) if self.rescale == "inverse" else delta
+
+
+def _rows(stack: Stack) -> Iterator[Stack]:
+    """The stack in flat parts of whole rows, at least one, in two axes."""
+    by_first = stack.base.dim() > 1 and len(stack.base)
+    width = max((stack.base[0] if by_first else stack.base).numel(), 1)
+    for part in stack.runs(max(_SORTED // width, 1) * width):
+        base, models = part.base.view(-1, width), part.models.reshape(len(part.models), -1, width)
+        yield replace(part, base=base, models=models)
 
 
 def _window(density: float, epsilon: float) -> tuple[float, float]:
@@ -90,24 +110,22 @@ def _window(density: float, epsilon: float) -> tuple[float, float]:
     return low, high
 
 
-def _by_rank(x: Tensor, low: float, high: float) -> Tensor:  # (*shape)
+def by_rank(x: Tensor, low: float, high: float) -> Tensor:  # (rows, width)
     """For each element a number from low, for the smallest of its row, to high, for the largest."""
-    rows = x.flatten(1) if x.dim() > 1 else x.reshape(1, -1)
-    width = rows.shape[1]
+    width = x.shape[1]
     ends = (low, high) if width > 1 else ((low + high) / 2,) * 2
     steps = torch.linspace(*ends, width, dtype=x.dtype, device=x.device)
-    ranked = torch.empty_like(rows)
-    at_once = max(_SORTED // max(width, 1), 1)
-    for part, out in zip(rows.split(at_once), ranked.split(at_once), strict=True):
-        order = torch.from_numpy(_ascending(part.abs().numpy(force=True))).to(x.device)
-        out.scatter_(1, order, steps.expand_as(out))
-    return ranked.view(x.shape)
+    order = torch.from_numpy(_ascending(x.abs().numpy(force=True))).to(x.device)
+    return torch.empty_like(x).scatter_(1, order, steps.expand_as(x))
 
 
 def _ascending(sizes: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:  # (rows, width)
     """The order of each row, equal ones by their place."""
     if sizes.dtype == np.float64:
         return np.argsort(sizes, axis=1, kind="stable")
-    keys = sizes.view(np.uint32).astype(np.uint64) << np.uint64(32) | np.arange(sizes.shape[1], dtype=np.uint64)
+    keys = sizes.view(np.uint32).astype(np.uint64)
+    keys <<= np.uint64(32)
+    keys |= np.arange(sizes.shape[1], dtype=np.uint64)
     keys.sort(axis=1)
-    return (keys & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    keys &= np.uint64(0xFFFFFFFF)
+    return keys.view(np.int64)

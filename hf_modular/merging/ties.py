@@ -45,7 +45,7 @@ class TIESConfig(SparseTaskVectors):
         densities = self.densities(next(iter(stacks)))
         if all(density in (0, 1) for density in densities):
             return [[ALL if density else NONE] for density in densities]
-        return cuts(stacks, lambda stack: stack.deltas, [[Target(partial(_trimmed, d))] for d in densities])
+        return cuts(stacks, Stack.task_vectors, [[Target(partial(_trimmed, d))] for d in densities])
 
     def thin(self, stack: Stack, model: int, density: float, plan: list[list[Cut]]) -> Tensor:  # (*shape)
         return large(stack.models[model] - stack.base, plan[model][0], stack.offset)

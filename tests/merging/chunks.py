@@ -23,7 +23,7 @@ class Chunks:
     def map(self, function):
         return map(function, self)
 
-    def sample(self):
+    def sample(self, of_each=None):
         return self.parts[: self.sampled]
 
     @property
