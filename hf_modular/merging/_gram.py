@@ -7,6 +7,7 @@ combine, however many steps there are. Inner products are summed in fp64.
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import ClassVar, Literal
 
 import torch
@@ -79,7 +80,10 @@ def gram(stacks: Stacks, vectors: Callable[[Stack], Iterable[Tensor]]) -> Tensor
 
 def products(vectors: Sequence[Tensor], axes: tuple[int, ...]) -> Tensor:  # n times (*shape) -> (*parts, n, n)
     """The inner products along some axes, which are kept with length 1."""
-    rows = [torch.stack([(a * b).sum(axes, True, dtype=torch.float64) for b in vectors], dim=-1) for a in vectors]
+    numbers = range(len(vectors))
+    pairs = combinations_with_replacement(numbers, 2)
+    found = {(i, j): (vectors[i] * vectors[j]).sum(axes, True, dtype=torch.float64) for i, j in pairs}
+    rows = [torch.stack([found[min(i, j), max(i, j)] for j in numbers], dim=-1) for i in numbers]
     return torch.stack(rows, dim=-2)
 
 
