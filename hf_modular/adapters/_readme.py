@@ -1,6 +1,9 @@
 """The note in a saved adapter's README that says what to import before loading."""
 
+import re
 from pathlib import Path
+
+_HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 _NOTE = """\
 ## Loading this adapter
@@ -29,7 +32,7 @@ def add_loading_note(folder: Path, type_name: str, base_model: str | None) -> No
 
 def _front_matter(base_model: str | None) -> str:
     lines = ["library_name: peft", "tags:", "- hf-modular"]
-    if base_model and not Path(base_model).exists():  # a local path means nothing to a reader elsewhere
+    if base_model and _HUB_ID.fullmatch(base_model) and not Path(base_model).exists():  # no path: it is one here only
         lines.insert(0, f"base_model: {base_model}")
     return "---\n" + "\n".join(lines) + "\n---\n"
 
