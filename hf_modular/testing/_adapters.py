@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
-from hf_modular.adapters._layer import BASE, AdapterLayer
-from hf_modular.adapters._layout import layout_of
+from hf_modular.adapters._layer import BASE, AdapterLayer, wrap
 from hf_modular.adapters._method import AdapterConfig, Site
 
 BATCH, IN, OUT, WIDE = 5, 12, 24, 48
@@ -181,7 +180,7 @@ class Trial:
 
     def sites(self) -> list[Site]:
         base = self.base()
-        return [_site(name, base.get_submodule(name)) for name in TARGETS]
+        return [wrap(base.get_submodule(name), name, "adapters", None).site for name in TARGETS]
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         with seeded(self.case.seed + 1):
@@ -211,11 +210,6 @@ def seeded(seed: int) -> Iterator[None]:
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _site(name: str, layer: Any) -> Site:
-    shape = layout_of(layer, name).canonical(layer.weight.detach()).shape
-    return Site(name, tuple(shape), getattr(layer, "bias", None) is not None)
 
 
 def _run(model: nn.Module, x: Tensor, **kwargs: Any) -> Tensor:
