@@ -173,25 +173,18 @@ class PHM(nn.Module):
 
     def __init__(self, config: CompacterConfig, in_features: int, out_features: int) -> None:
         super().__init__()
-        n, rank, sides = (
-            config.phm_dim,
-            config.phm_rank,
-            (in_features // config.phm_dim, out_features // config.phm_dim),
-        )
-        if config.factorized:
-            self.S, self.T = _xavier(n, sides[0], rank), _xavier(n, rank, sides[1])
+        n, rank = config.phm_dim, config.phm_rank
+        rows, columns = in_features // n, out_features // n
+        self.factorized = config.factorized
+        if self.factorized:
+            self.S, self.T = _xavier(n, rows, rank), _xavier(n, rank, columns)
         else:
-            self.W = _xavier(n, *sides)
+            self.W = _xavier(n, rows, columns)
         self.A = None if config.shared_rule else _rule(config, 0.01)
         self.bias = nn.Parameter(torch.zeros(out_features))
         cost = n * rank * in_features + n**2 * rank * out_features
         cheaper = config.factorized and cost < in_features * out_features
         self.fast = cheaper if config.fast == "auto" else bool(config.fast)
-
-    @property
-    def last(self) -> nn.Parameter:
-        """The last factor; the layer gives its bias as long as it is zero."""
-        return self.T if hasattr(self, "T") else self.W
 
     def forward(
         self,
@@ -201,7 +194,7 @@ class PHM(nn.Module):
         A = cast(Tensor, self.A if rule is None else rule)
         if self.fast:
             return F.linear(*self._factors(x, A), self.bias)
-        W = self.S @ self.T if hasattr(self, "T") else self.W
+        W = self.S @ self.T if self.factorized else self.W
         H = torch.einsum("iac,ikp->cpak", A, W).flatten(2).flatten(0, 1)  # (out, in)
         return F.linear(x, H, self.bias)
 
@@ -225,7 +218,7 @@ class Compacter(Adapter):
         self.shared = shared
         self.activation = config.non_linearity
         if config.init_weights is True:
-            nn.init.zeros_(self.up.last)
+            nn.init.zeros_(self.up.T if config.factorized else self.up.W)
 
     @staticmethod
     def share(config: CompacterConfig, sites: list[Site]) -> CompacterRule | None:

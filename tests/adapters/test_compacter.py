@@ -37,7 +37,7 @@ def adapters(model: nn.Module) -> dict[str, Compacter]:
 
 
 def kronecker(layer: PHM, A: Tensor) -> Tensor:  # (in, out)
-    W = layer.S @ layer.T if hasattr(layer, "T") else layer.W
+    W = layer.S @ layer.T if layer.factorized else layer.W
     return sum(torch.kron(A[i], W[i]) for i in range(len(A)))
 
 
