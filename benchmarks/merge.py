@@ -3,10 +3,13 @@
     make peers                                             # mergekit in an environment of its own
     python benchmarks/make_models.py /dev/shm/merge-bench
     python benchmarks/merge.py /dev/shm/merge-bench
+    python benchmarks/merge.py /dev/shm/merge-bench --methods ties --rounds 1   # the other rows stay as they are
+    python benchmarks/merge.py /dev/shm/merge-bench --memory /dev/shm/small /dev/shm/large   # peaks at several sizes
 
 Whole processes, imports included, interleaved over several rounds: a method's ratio is the median over the rounds of
 mergekit's figure by ours in the same round. The floor reads every input byte once and writes every output byte once,
-in two threads. `wrong` is the share of output elements that are not the correctly rounded result, on one tensor.
+in two threads. We note no hashes of the weights unless `--hashes` is given, as mergekit has none. `wrong` is the share
+of output elements that are not the correctly rounded result, on one tensor.
 """
 
 import argparse
@@ -103,8 +106,9 @@ def wrong_share(folder: Path, output: Path, method: str) -> float | None:
     name = "model.layers.0.mlp.down_proj.weight"
 
     def load(where: Path) -> torch.Tensor:
-        files = json.loads((where / "model.safetensors.index.json").read_text())["weight_map"]
-        with safe_open(where / files[name], "pt") as file:
+        index = where / "model.safetensors.index.json"
+        held_by = json.loads(index.read_text())["weight_map"][name] if index.exists() else "model.safetensors"
+        with safe_open(where / held_by, "pt") as file:
             return file.get_tensor(name)
 
     models = [load(folder / f"model{i}").double() for i in range(1, 4)]
@@ -127,19 +131,47 @@ def measure(options: argparse.Namespace) -> list[dict]:
         rounds = []
         for _ in range(options.rounds):
             figures = {"floor": {"wall": floor(options.folder, method, work / "floor")}}
-            for who, command in programs(path, work).items():
+            for who, command in programs(path, work, hashes=options.hashes).items():
                 shutil.rmtree(work / who, ignore_errors=True)
                 figures[who] = run(command, work / f"{who}.log")
                 figures[who]["wrong"] = wrong_share(options.folder, work / who, method)
             figures["ours"]["engine"] = json.loads((work / "ours" / "merge_report.json").read_text())["seconds"]
             rounds.append(figures)
-        rows.append({"method": method, "rounds": rounds, **summary(rounds)})
+        rows.append({"method": method, "hashes": options.hashes, "rounds": rounds, **summary(rounds)})
     shutil.rmtree(work)
     return rows
 
 
-def programs(path: Path, work: Path) -> dict[str, list[str]]:
+def peaks(options: argparse.Namespace) -> list[dict]:
+    """The peak memory of ours for models of several sizes."""
+    work = options.folder / "work"
+    work.mkdir(exist_ok=True)
+    rows = []
+    for folder in [options.folder, *options.memory]:
+        row = {"bytes of a model": sum(file.stat().st_size for file in (folder / "model1").glob("*.safetensors"))}
+        for method in options.methods:
+            path = work / f"{method}.yaml"
+            path.write_text(recipe(method, folder))
+            shutil.rmtree(work / "ours", ignore_errors=True)
+            command = programs(path, work, hashes=options.hashes)["ours"]
+            row[method] = run(command, work / "ours.log")["peak"]
+        rows.append(row)
+    shutil.rmtree(work)
+    return sorted(rows, key=lambda row: row["bytes of a model"])
+
+
+def memory_table(rows: list[dict]) -> str:
+    names = [name for name in rows[0] if name != "bytes of a model"]
+    head = f"| MB of a model | {' | '.join(f'{name}: peak MB' for name in names)} |\n|{'---|' * (len(names) + 1)}"
+    lines = [
+        f"| {row['bytes of a model'] / 1e6:.0f} | {' | '.join(f'{row[name]:.0f}' for name in names)} |" for row in rows
+    ]
+    return "\n".join([head, *lines])
+
+
+def programs(path: Path, work: Path, *, hashes: bool) -> dict[str, list[str]]:
     ours = [sys.executable, "-m", "hf_modular.cli", "merge", str(path), str(work / "ours"), "--seed", "0", "--quiet"]
+    ours.append("--hashes" if hashes else "--no-hashes")
     found = {"ours": ours}
     if PEER.exists():
         found["mergekit"] = [str(PEER), str(path), str(work / "mergekit"), "--random-seed", "0", "--quiet"]
@@ -169,8 +201,11 @@ def summary(rounds: list[dict]) -> dict:
 
 COLUMNS = {
     "ours_wall": "s",
+    "ours_cpu": "CPU s",
     "engine": "engine s",
     "mergekit_wall": "mergekit s",
+    "mergekit_cpu": "mergekit CPU s",
+    "floor": "floor s",
     "faster": "times faster",
     "engine_faster": "engine times faster",
     "engine_by_floor": "engine / floor",
@@ -199,12 +234,27 @@ def main() -> None:
     parser.add_argument("--methods", type=lambda s: s.split(","), default=list(PARAMETERS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--hashes", action="store_true", help="Note the hashes of all weights, as our default is.")
+    parser.add_argument(
+        "--memory", type=Path, nargs="+", help="Only peak memory, for the models in these folders too."
+    )
     options = parser.parse_args()
-    rows = measure(options)
+    if options.memory:
+        name, rows, shown = "merge-memory", peaks(options), memory_table
+    else:
+        name, shown = "merge", table
+        rows = [*kept(options.output / "merge.json", options.methods), *measure(options)]
+        rows.sort(key=lambda row: [*PARAMETERS].index(row["method"]))
     options.output.mkdir(exist_ok=True, parents=True)
-    (options.output / "merge.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (options.output / "merge.md").write_text(table(rows) + "\n")
-    print(table(rows))
+    (options.output / f"{name}.json").write_text(json.dumps(rows, indent=1) + "\n")
+    (options.output / f"{name}.md").write_text(shown(rows) + "\n")
+    print(shown(rows))
+
+
+def kept(path: Path, methods: list[str]) -> list[dict]:
+    """The rows of earlier runs that are not measured anew."""
+    rows = json.loads(path.read_text()) if path.exists() else []
+    return [row for row in rows if row["method"] not in methods]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -144,7 +145,7 @@ def agreeing(terms: Iterable[Tensor], signs: Tensor, shares: Sequence[float] | N
 
 def norms(stack: Stack, kept: Iterable[Tensor]) -> list[float]:
     """The L1 norms of the task vectors, and of what is kept of them."""
-    return [float(x.abs().sum(dtype=torch.float64)) for x in (*stack.deltas, *kept)]
+    return [float(x.abs().sum()) for x in chain(stack.task_vectors(), kept)]  # pairwise: as good as rounded once
 
 
 def norm_ratios(parts: Iterable[list[float]]) -> list[float]:

@@ -1,4 +1,4 @@
-"""The processes of `accelerate launch`, `torchrun` or the like, or this one alone.
+"""The processes of `accelerate launch`, `torchrun` or `mpirun`, or this one alone.
 
 Each merges tensors of its own into the files that the first one laid out, and only the first makes the result visible.
 What goes wrong in one of them ends all of them.
@@ -6,6 +6,7 @@ What goes wrong in one of them ends all of them.
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple, TypeVar
@@ -13,6 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 T = TypeVar("T")
+
+_COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where accelerate looks
 
 
 class _Outcome(NamedTuple):
@@ -38,6 +41,8 @@ class Processes:
             return [step()]
         outcomes: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(outcomes, _attempt(step))
+        with suppress(RuntimeError):  # nobody leaves, and breaks the connection, before all have heard
+            torch.distributed.barrier()
         for index, outcome in enumerate(outcomes):
             if outcome.error:
                 raise ValueError(f"process {index} of {self.count}: {outcome.error}")
@@ -64,7 +69,7 @@ class Processes:
 @cache
 def processes() -> Processes:
     """All processes, if a launcher has started several."""
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+    if all(os.environ.get(name, "1") == "1" for name in _COUNTS):
         return Processes()
     from accelerate import PartialState
 

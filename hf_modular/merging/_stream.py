@@ -48,8 +48,8 @@ def merge(
 ) -> MergeReport:
     """Merge checkpoints into a folder that transformers loads.
 
-    Where `accelerate launch` or `torchrun` has started several processes, each merges a part of the tensors; the
-    result is the same.
+    Where `torchrun --nproc_per_node N -m hf_modular.cli merge ...`, or `accelerate launch` with accelerators or MPI,
+    has started several processes, each merges a part of the tensors; the result is the same.
 
     Args:
         recipe: A recipe file, or what it would hold.
