@@ -180,7 +180,7 @@ class Trial:
 
     def sites(self) -> list[Site]:
         base = self.base()
-        return [wrap(base.get_submodule(name), name, "adapters", None).site for name in TARGETS]
+        return [wrap(base.get_submodule(name), name, "contract_adapter", None).site for name in TARGETS]
 
     def input(self, dtype: torch.dtype = torch.float32) -> Tensor:
         with seeded(self.case.seed + 1):
