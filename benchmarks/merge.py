@@ -20,8 +20,11 @@ import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 PEER = HERE.parent / ".peers" / "mergekit" / "bin" / "mergekit-yaml"
@@ -96,6 +99,12 @@ def floor(folder: Path, method: str, output: Path) -> float:
     return seconds
 
 
+def apart(function: Callable[..., Any], *arguments: Any) -> Any:
+    """function(*arguments) in a process of its own: the kernel counts this one's memory as that of those it starts."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def wrong_share(folder: Path, output: Path, method: str) -> float | None:
     """The share of one tensor's elements that are not the correctly rounded result; None for a random method."""
     import torch
@@ -134,7 +143,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
             for who, command in programs(path, work, hashes=options.hashes).items():
                 shutil.rmtree(work / who, ignore_errors=True)
                 figures[who] = run(command, work / f"{who}.log")
-                figures[who]["wrong"] = wrong_share(options.folder, work / who, method)
+                figures[who]["wrong"] = apart(wrong_share, options.folder, work / who, method)
             figures["ours"]["engine"] = json.loads((work / "ours" / "merge_report.json").read_text())["seconds"]
             rounds.append(figures)
         rows.append({"method": method, "hashes": options.hashes, "rounds": rounds, **summary(rounds)})
