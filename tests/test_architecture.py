@@ -17,8 +17,8 @@ MAY_IMPORT = {
     "_version": set(),
     "autoload": {"adapters"},
     "checkpoints": {"_version"},
-    "adapters": {"_version", "checkpoints"},
-    "adapter_merging": {"_version", "checkpoints", "adapters", "merging"},
+    "adapters": {"_version", "_reversible", "checkpoints"},
+    "adapter_merging": {"_version", "_reversible", "checkpoints", "adapters", "merging"},
     "merging": {"_version", "checkpoints"},
 }
 METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}

@@ -39,12 +39,22 @@ def to_lora(model: nn.Module, adapter_name: str = "default") -> tuple[LoraConfig
         ValueError: If there is no such adapter, or its change of a layer is not of the form that LoRA has.
     """
     layers = _adapted_layers(model, adapter_name)
-    loras = {name: _lora(layer, layer.adapters[adapter_name]) for name, layer in layers.items()}  # type: ignore[arg-type]
     tensors: dict[str, Tensor] = {}
-    for name, (A, B, _) in loras.items():
-        tensors.update(_named(name, layers[name], A, B))
+    loras: dict[str, LoRA] = {}
+    replaced: list[str] = []
+    for name, layer in layers.items():
+        adapter = cast(Adapter, layer.adapters[adapter_name])
+        if (own := adapter.replacement()) is not None:
+            tensors.update(_stored(name, layer, *own))
+            replaced.append(name)
+        else:
+            A, B, _ = loras[name] = _lora(layer, adapter)
+            tensors.update(_named(name, layer, A, B))
     tensors.update(_trained_whole(model, adapter_name))
-    return _config(model, adapter_name, layers, loras), tensors
+    config = _config(model, adapter_name, {name: layers[name] for name in loras}, loras)
+    if replaced:
+        config.modules_to_save = [*(config.modules_to_save or []), *replaced]
+    return config, tensors
 
 
 def _adapted_layers(model: nn.Module, adapter_name: str) -> dict[str, AdapterLayer]:
@@ -84,6 +94,12 @@ def _named(name: str, layer: AdapterLayer, A: Tensor, B: Tensor) -> dict[str, Te
         return {f"{_PREFIX}{name}.lora_embedding_A": A, f"{_PREFIX}{name}.lora_embedding_B": B}
     B = B.reshape(*B.shape, *[1] * (A.ndim - 2))
     return {f"{_PREFIX}{name}.lora_A.weight": A, f"{_PREFIX}{name}.lora_B.weight": B}
+
+
+def _stored(name: str, layer: AdapterLayer, weight: Tensor, bias: Tensor | None) -> dict[str, Tensor]:
+    """What replaces a layer's weight and bias, as the layer stores them."""
+    tensors = {"weight": layer.layout.stored(weight)} | ({} if bias is None else {"bias": bias})
+    return {f"{_PREFIX}{name}.{part}": t.detach().clone().contiguous() for part, t in tensors.items()}
 
 
 def _trained_whole(model: Any, adapter_name: str) -> dict[str, Tensor]:

@@ -65,7 +65,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             self.adapters[adapter_name].to(target)
 
     def _chosen(self, names: Iterable[str]) -> list[Adapter]:
-        return [self.adapters[name] for name in names if name in self.adapters]  # type: ignore[misc]
+        """The adapters of these names; the name of a task stands for the active adapter at that task."""
+        found = [self._named(name) for name in names]
+        return [adapter for adapter in found if adapter is not None]
+
+    def _named(self, name: str) -> Adapter | None:
+        if name in self.adapters:
+            return self.adapters[name]  # type: ignore[return-value]
+        active = (self.adapters[adapter] for adapter in self.active_adapters if adapter in self.adapters)
+        return next((adapter.for_task(name) for adapter in active if name in adapter.tasks), None)  # type: ignore
 
     # -- forward ---------------------------------------------------------------------------------------------
 
@@ -111,13 +119,17 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Each sample of the batch with the adapter of its name; the first axis of `x` is the batch."""
         self._check_mixed(x, names)
         rows = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-        y: Tensor | None = None
-        for name, index in rows.items():
-            chosen = [] if name == BASE else self._chosen([name])
-            part = self._adapted(chosen, x[index], args, kwargs)
-            y = part.new_empty((len(names), *part.shape[1:])) if y is None else y
+        groups = [([] if name == BASE else self._chosen([name]), index) for name, index in rows.items()]
+        if all(adapter.direct for chosen, _ in groups for adapter in chosen):
+            y = self.base_layer(x, *args, **kwargs)
+            for chosen, index in groups:
+                y[index] = self._act_on_output(chosen, x[index], y[index])
+            return y
+        parts = [self._adapted(chosen, x[index], args, kwargs) for chosen, index in groups]
+        y = parts[0].new_empty((len(names), *parts[0].shape[1:]))
+        for (_, index), part in zip(groups, parts, strict=True):
             y[index] = part.to(y.dtype)
-        return x if y is None else y
+        return y
 
     def _check_mixed(self, x: Tensor, names: list[str]) -> None:
         # the first sentences are PEFT's, which callers know

@@ -145,7 +145,7 @@ class AdapterModel(BaseTuner):
 
     def _adapter(self, config: AdapterConfig, layer: AdapterLayer, shared: Any) -> Adapter:
         given = (config, layer.site) if shared is None else (config, layer.site, shared)
-        adapter = self.adapter_class(*given)
+        adapter = self.adapter_class.made(*given)
         backend = layer.quantization_backend
         if backend is not None and not backend.supports_merge and not adapter.direct:
             raise TypeError(
@@ -223,11 +223,15 @@ class AdapterModel(BaseTuner):
     def _check_names(self, names: list[str]) -> None:
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode. Call `eval()` first.")
-        known = {name for layer in self._layers() for name in layer.adapters}
+        known = self._sample_names()
         if unknown := sorted(set(names) - known - {BASE}):
             raise ValueError(
                 f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. The model has {sorted(known)}."
             )
+
+    def _sample_names(self) -> set[str]:
+        """What a sample of a mixed batch may ask for."""
+        return {name for layer in self._layers() for name in layer.adapters}
 
     def _copies(self, kwargs: dict[str, Any]) -> int:
         """How often `generate` repeats each sample, for beams or for several answers; not in an encoder."""
@@ -450,8 +454,12 @@ def add_peft_type(name: str) -> PeftType:
     return member
 
 
-def register(config_class: type[AdapterConfig], adapter_class: type[Adapter]) -> type[AdapterModel]:
+def register(
+    config_class: type[AdapterConfig], adapter_class: type[Adapter], kind: type[AdapterModel] = AdapterModel
+) -> type[AdapterModel]:
     """Make the tuner of a method and register it with PEFT; importing again or reloading is harmless.
+
+    `kind` is what the tuner is beside: for adapters that hold several tasks a `TasksModel`.
 
     Raises:
         PeftContractError: If the installed PEFT is not one that can be extended.
@@ -469,7 +477,7 @@ def register(config_class: type[AdapterConfig], adapter_class: type[Adapter]) ->
         "adapter_class": adapter_class,
         "target_module_mapping": config_class.default_targets or USUAL_TARGETS,
     }
-    model_class = type(f"{adapter_class.__name__}Model", (AdapterModel,), body)
+    model_class = type(f"{adapter_class.__name__}Model", (kind,), body)
     _refuse_conflict(type_name, config_class)
     member = add_peft_type(type_name)
     if member in PEFT_TYPE_TO_CONFIG_MAPPING:  # a reload: the new classes take the place of the old

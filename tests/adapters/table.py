@@ -3,7 +3,15 @@
 from collections.abc import Sequence
 from math import prod
 
-from hf_modular.adapters import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, Site, SSFConfig
+from hf_modular.adapters import (
+    CompacterConfig,
+    FLoRAConfig,
+    HUTConfig,
+    MoSConfig,
+    RMMAdapterConfig,
+    Site,
+    SSFConfig,
+)
 from hf_modular.testing import WEIGHT_MATRICES, AdapterCase
 
 
@@ -38,6 +46,14 @@ def mos(sites: Sequence[Site], budget_r: int) -> int:
     return sum(budget_r * (out_features + prod(rest)) for out_features, *rest in shapes_of(sites))
 
 
+def rmm(sites: Sequence[Site], *, n: int, r: int, p: int, by: str = "position") -> int:
+    """By position the share (p (r + n) + r) / (r n) of n adapters of rank r; else one basis for all positions."""
+    positions = sum(out_features + prod(rest) for out_features, *rest in shapes_of(sites))
+    if by == "position":
+        return positions * (min(p, r) * (r + n) + r)
+    return positions * r * (p + 1) + n * p * len(sites) * (2 if by == "tensor" else 1)
+
+
 def ssf(sites: Sequence[Site], *, shift: bool | None = None) -> int:
     return sum(site.weight_shape[0] * (1 + (site.has_bias if shift is None else shift)) for site in sites)
 
@@ -61,6 +77,12 @@ METHODS = (
     AdapterCase(FLoRAConfig, {"r": 5}, lambda sites: flora(sites, [5] * 5), layers=WEIGHT_MATRICES),
     AdapterCase(HUTConfig, {"r": 5}, lambda sites: hut(sites, 5), layers=WEIGHT_MATRICES),
     AdapterCase(MoSConfig, {"r": 3, "budget_r": 3, "shards": 4}, lambda sites: mos(sites, 3), layers=WEIGHT_MATRICES),
+    AdapterCase(
+        RMMAdapterConfig,
+        {"tasks": ["mrpc", "sst2", "cola", "rte"], "task": "cola", "r": 3, "p": 2},
+        lambda sites: rmm(sites, n=4, r=3, p=2),
+        layers=WEIGHT_MATRICES,
+    ),
     AdapterCase(SSFConfig, {}, ssf, identity=False),
 )
 
@@ -91,6 +113,18 @@ SETTINGS = (
         MoSConfig,
         {"budget_r": 2, "shards": 3, "private_r": 2},
         lambda sites: mos(sites, 2),
+        layers=WEIGHT_MATRICES,
+    ),
+    AdapterCase(
+        RMMAdapterConfig,
+        {"tasks": ["mrpc", "sst2", "cola"], "r": 2, "p": 3, "granularity": "tensor"},
+        lambda sites: rmm(sites, n=3, r=2, p=3, by="tensor"),
+        layers=WEIGHT_MATRICES,
+    ),
+    AdapterCase(
+        RMMAdapterConfig,
+        {"tasks": ["mrpc", "sst2"], "r": 2, "granularity": "layer"},
+        lambda sites: rmm(sites, n=2, r=2, p=1, by="layer"),
         layers=WEIGHT_MATRICES,
     ),
     AdapterCase(SSFConfig, {"init_weights": "identity", "shift": False}, lambda sites: ssf(sites, shift=False)),

@@ -96,6 +96,15 @@ METHODS = {
             ("test_training_layer_indexing", ""): _COUNTS,
         },
     ),
+    "rmm": Method(
+        adapters.RMMAdapterConfig,
+        {
+            "position": {"tasks": ["mrpc", "sst2"]},
+            "tensor": {"tasks": ["mrpc", "sst2"], "granularity": "tensor"},
+            "layer": {"tasks": ["mrpc", "sst2"], "granularity": "layer"},
+        },
+        {"r": 3},
+    ),
     "ssf": Method(
         adapters.SSFConfig,
         {"identity": {"init_weights": "identity"}},
