@@ -1,6 +1,6 @@
 """DELLA: drop at random, the small elements more often than the large ones (Deep et al., arXiv 2406.11617).
 
-    of the D elements of a row of dᵢ = Wᵢ - W₀, that which r others do not reach in magnitude is kept with probability
+    of the D elements of a row of dᵢ = Wᵢ - W₀, the one with r smaller magnitudes is kept with probability
     pᵣ = density - epsilon + 2 epsilon r / (D - 1), and divided by pᵣ ("MAGPRUNE"); then the models vote on signs, and
     those that agree are averaged (see `hf_modular.merging._consensus`)
 
