@@ -11,7 +11,13 @@ from hf_modular import _after_peft
 from hf_modular._version import __version__
 
 if TYPE_CHECKING:
-    from hf_modular.adapter_merging import AdapterRecipe, AdapterReport, merge_adapter_files, merge_adapters
+    from hf_modular.adapter_merging import (
+        AdapterRecipe,
+        AdapterReport,
+        extract_adapter,
+        merge_adapter_files,
+        merge_adapters,
+    )
     from hf_modular.adapters import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
     from hf_modular.fisher_information import fisher_information
     from hf_modular.hub import push_to_hub
@@ -66,6 +72,7 @@ _HOME = {
     "SSFConfig": "adapters",
     "TIESConfig": "merging",
     "TaskArithmeticConfig": "merging",
+    "extract_adapter": "adapter_merging",
     "fisher_information": "fisher_information",
     "merge": "merging",
     "merge_adapter_files": "adapter_merging",
@@ -103,6 +110,7 @@ __all__ = [
     "TIESConfig",
     "TaskArithmeticConfig",
     "__version__",
+    "extract_adapter",
     "fisher_information",
     "merge",
     "merge_adapter_files",

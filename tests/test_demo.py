@@ -1,5 +1,6 @@
 """The demo, in its quick form: that what it writes is there, loads, and is what the table says."""
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification
 from typer.testing import CliRunner
 
+import hf_modular.demo
 from hf_modular.cli import app
 from hf_modular.demo import digits, report, training
 from hf_modular.demo.run import make_room, run, worker_map
@@ -185,6 +187,12 @@ def test_what_an_earlier_demo_wrote_is_removed(tmp_path: Path) -> None:
     (tmp_path / "results.json").write_text("old")
     make_room(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["results.json"]
+
+
+def test_without_its_extra_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=r"matplotlib and sklearn: pip install 'hf_modular\[demo\]'"):
+        importlib.reload(hf_modular.demo)
 
 
 def row(name: str, right: float, *, seeds: int = 1, **more: object) -> report.Row:

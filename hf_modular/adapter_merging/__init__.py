@@ -4,6 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hf_modular.adapter_merging._extract import extract_adapter
     from hf_modular.adapter_merging._folders import merge_adapter_files
     from hf_modular.adapter_merging._merge import merge_adapters
     from hf_modular.adapter_merging._recipe import AdapterRecipe
@@ -11,14 +12,16 @@ if TYPE_CHECKING:
 
 _HOME = {
     "AdapterRecipe": "_recipe",
-    "merge_adapter_files": "_folders",
     "AdapterReport": "_report",
+    "extract_adapter": "_extract",
+    "merge_adapter_files": "_folders",
     "merge_adapters": "_merge",
 }
 
 __all__ = [
     "AdapterRecipe",
     "AdapterReport",
+    "extract_adapter",
     "merge_adapter_files",
     "merge_adapters",
 ]

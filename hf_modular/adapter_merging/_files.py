@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from hf_modular.adapter_merging._live import LiveAdapter, layer_tensors, prefix_of, set_up
 from hf_modular.adapter_merging._matrix import LowRank
 from hf_modular.adapter_merging._source import PREFIX, Base, Change, Source, refuse_variants, widest
+from hf_modular.adapters._layout import layout_of
 from hf_modular.adapters._method import Site, pattern_value
 from hf_modular.checkpoints import Checkpoint
 from hf_modular.merging._sources import locate
@@ -202,6 +203,9 @@ class NoBase:
     def tensor(self, name: str) -> Tensor | None:
         return None
 
+    def arranged(self, name: str, weight: Tensor) -> Tensor:
+        raise ValueError(f"How the base model stores '{name}' is not known: state the `base_model`.")
+
 
 @dataclass(frozen=True, eq=False)
 class BaseFolder:
@@ -221,6 +225,10 @@ class BaseFolder:
                 f"{adapter.reference} is of type {config.peft_type.value}, which cannot be read without the base "
                 "model, and does not name one. State it as `base_model`."
             )
+        return cls.located(reference, config)
+
+    @classmethod
+    def located(cls, reference: str, config: PeftConfig) -> "BaseFolder":
         named = (config.auto_mapping or {}).get("base_model_class")
         return cls(reference, locate(reference)[0], named or _TASKS.get(str(config.task_type)))
 
@@ -251,7 +259,7 @@ class BaseFolder:
         before = dict(layer._parameters)
         for key, parameter in before.items():
             if parameter is not None:
-                layer._parameters[key] = nn.Parameter(self._read(f"{name}.{key}"), requires_grad=False)
+                layer._parameters[key] = nn.Parameter(self.read(f"{name}.{key}"), requires_grad=False)
         try:
             yield layer
         finally:
@@ -261,17 +269,20 @@ class BaseFolder:
         with self.present(name, self.model.get_submodule(name)) as layer:
             return layer_tensors(name, layer)
 
+    def arranged(self, name: str, weight: Tensor) -> Tensor:
+        return layout_of(self.model.get_submodule(name), name).canonical(weight)
+
     def tensor(self, name: str) -> Tensor | None:
-        stored = self._find(name)
+        stored = self.find(name)
         return None if stored is None else self.weights.read(stored)
 
-    def _read(self, name: str) -> Tensor:
-        stored = self._find(name)
+    def read(self, name: str) -> Tensor:
+        stored = self.find(name)
         if stored is None:
             raise ValueError(f"The base model {self.reference} has no tensor '{name}', which an adapter changes.")
         return self.weights.read(stored)
 
-    def _find(self, name: str) -> str | None:
+    def find(self, name: str) -> str | None:
         """The name in the checkpoint: a model with a head has a prefix where one without has none."""
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         candidates = (name, name.removeprefix(prefix), f"{prefix}{name}")

@@ -59,12 +59,16 @@ def fit_of(config: Any, rank: Rank) -> Fit:
         return LoRAFit(LoraConfig(), rank)
     if rank is not None:
         raise ValueError(f"Give `rank` or `into`, not both, but got {rank=} and a {type(config).__name__}.")
-    for kind, fit in _FITS.items():
-        if isinstance(config, kind):
-            return fit(config)
-    raise ValueError(
-        f"Changes of weights can be fitted by {[kind.__name__ for kind in _FITS]}, but got {type(config).__name__}."
-    )
+    require_fit(config)
+    return next(fit for kind, fit in _FITS.items() if isinstance(config, kind))(config)
+
+
+def require_fit(config: Any) -> None:
+    """Refuse a type that cannot be fitted."""
+    if not can_fit(config):
+        raise ValueError(
+            f"Changes of weights are fitted by {[kind.__name__ for kind in _FITS]}, but got {type(config).__name__}."
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +103,7 @@ class LoRAFit:
 
     def adapter(self, fitted: Mapping[str, Fitted]) -> tuple[LoraConfig, dict[str, Tensor]]:
         ranks = {name: layer.rank for name, layer in fitted.items()}
-        r = Counter(ranks.values()).most_common(1)[0][0]
+        r = self.config.r if self.chosen else Counter(ranks.values()).most_common(1)[0][0]
         biased = any("lora_B.bias" in layer.tensors for layer in fitted.values())
         config = replace(
             self.config,

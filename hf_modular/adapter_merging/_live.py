@@ -66,11 +66,8 @@ class LiveAdapter:
                 f"{self.reference} has trained biases of the base model itself (bias={self.config.bias!r}), which "
                 "stay in a model in memory. Save the adapters and merge them from their folders."
             )
-        found = {}
-        for name, wrapper in _wrappers(self.model).items():
-            if self.name in wrapper.modules_to_save:
-                found.update(_tensors(name, wrapper.modules_to_save[self.name]))
-        return found
+        kept = kept_whole(self.model, self.name).values()
+        return {name: tensor for tensors in kept for name, tensor in tensors.items()}
 
     @property
     def transposed(self) -> bool:
@@ -135,9 +132,19 @@ class LiveBase:
     model: PeftModel
 
     def layer(self, name: str) -> tuple[Tensor, Tensor | None]:
-        module: Any = self.model.base_model.model.get_submodule(name)
-        layer = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-        return layer_tensors(name, layer)
+        return layer_tensors(name, self._module(name))
+
+    def arranged(self, name: str, weight: Tensor) -> Tensor:
+        return layout_of(self._module(name), name).canonical(weight)
+
+    def _module(self, name: str) -> nn.Module:
+        """The base model's own, inside whatever is around it."""
+        module: Any = self.model.base_model.model
+        for part in name.split("."):
+            module = getattr(module, part)
+            if isinstance(module, ModulesToSaveWrapper):
+                module = module.original_module
+        return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
     def tensor(self, name: str) -> Tensor | None:
         return self._tensors.get(name)
@@ -228,6 +235,12 @@ def _matrices(layer: Any, adapter: str) -> tuple[Tensor, Tensor, Tensor | None, 
 def _is_quantised(layer: Any) -> bool:
     weight = getattr(layer.get_base_layer(), "weight", None)
     return weight is None or not weight.dtype.is_floating_point
+
+
+def kept_whole(model: PeftModel, adapter: str) -> dict[str, dict[str, Tensor]]:
+    """The modules that an adapter has copies of, and their tensors by their names in the base model."""
+    wrappers = {name: w for name, w in _wrappers(model).items() if adapter in w.modules_to_save}
+    return {name: _tensors(name, wrapper.modules_to_save[adapter]) for name, wrapper in wrappers.items()}
 
 
 def _wrappers(model: Any) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def truncated(matrix: Matrix, rank: Rank) -> Truncated:
     highest = min(matrix.shape)
     enough = rank is None or (isinstance(rank, int) and rank >= matrix.rank)
     if enough and matrix.rank <= highest:
-        return Truncated(matrix, 0.0, _squared_norm(matrix))
+        return Truncated(matrix, 0.0, squared_norm(matrix))
     found = _of_product(matrix)
     return _cut(found, _number(found.S, highest if rank is None else rank), matrix.up.dtype)
 
@@ -126,7 +126,7 @@ def _of_product(matrix: LowRank) -> _SVD:
     return _SVD(left.Q @ core.U, core.S, core.Vh @ right.Q.t())
 
 
-def _squared_norm(matrix: LowRank) -> float:
+def squared_norm(matrix: LowRank) -> float:
     """‖U D‖² = ⟨UᵀU, D Dᵀ⟩."""
     up, down = matrix.up.double(), matrix.down.double()
     return max(float((up.t() @ up * (down @ down.t())).sum()), 0.0)

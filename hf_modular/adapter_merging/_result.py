@@ -15,7 +15,7 @@ from hf_modular.adapter_merging._source import PREFIX, Source, widest
 from hf_modular.adapters._method import Site
 from hf_modular.checkpoints import refuse_occupied
 
-_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ def _targets(sources: Sequence[Source], sites: Mapping[str, Site]) -> dict[str, 
     """As the first adapter has them if it has all layers, else the layers by their names."""
     first = sources[0]
     if first.sites.keys() == sites.keys() and getattr(first.config, "target_modules", None):
-        return {name: getattr(first.config, name, None) for name in _TARGETS}
-    return dict.fromkeys(_TARGETS) | {"target_modules": sorted(sites)}
+        return {name: getattr(first.config, name, None) for name in TARGETS}
+    return dict.fromkeys(TARGETS) | {"target_modules": sorted(sites)}
 
 
 def _agreed(values: Iterable[Any]) -> Any:

@@ -70,6 +70,10 @@ class Base(Protocol):
         """A tensor by its name; None if the model is not at hand."""
         ...
 
+    def arranged(self, name: str, weight: Tensor) -> Tensor:
+        """Another weight of a layer, as it stores them, as (out, in, *kernel)."""
+        ...
+
 
 # Settings of LoRA that make another function of the layer than W + scaling · B A.
 _VARIANTS = {

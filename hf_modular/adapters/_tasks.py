@@ -1,15 +1,16 @@
 """Models whose adapters hold several tasks: which one is used, and what becomes of single ones."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from hf_modular.adapters._convert import to_lora
-from hf_modular.adapters._method import Adapter
+from hf_modular.adapters._method import Adapter, Site
 from hf_modular.adapters._peft import AdapterModel
 
 
@@ -45,6 +46,28 @@ class TasksModel(AdapterModel):
         for adapter in self._holders(name):
             adapter.task = adapter.tasks.index(task)
         config.task = task
+
+    def task_layers(self, adapter_name: str | None = None) -> dict[str, tuple[Site, Adapter]]:
+        """The layers that the adapter is on, and what it has there."""
+        name = self._one(adapter_name)
+        layers = [layer for layer in self._layers() if name in layer.adapters]
+        return {layer.site.name: (layer.site, layer.adapters[name]) for layer in layers}  # type: ignore[misc]
+
+    def add_task(
+        self,
+        task: str,
+        factors: Mapping[str, tuple[Tensor, Tensor | None]],  # by layer, what its adapter's `extended` takes
+        error: float,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Store one task more; the relative error is what is already known of it."""
+        name = self._one(adapter_name)
+        config = self.peft_config[name]
+        changed = {layer: [*rows, len(factors[layer][0])] for layer, rows in config.whole.items()}
+        new = replace(config, tasks=[*config.tasks, task], errors={**config.errors, task: error}, whole=changed)
+        for layer, (_, adapter) in self.task_layers(name).items():
+            adapter.extended(task, *factors[layer])  # type: ignore[operator]
+        config.tasks, config.errors, config.whole = new.tasks, new.errors, new.whole
 
     def delete_task(self, task: str, adapter_name: str | None = None) -> None:
         """Forget a task; what is stored for all of them stays as it is."""

@@ -10,12 +10,12 @@ such as heads, is kept whole for each task.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from hf_modular._reversible import GRANULARITIES, restored
+from hf_modular._reversible import GRANULARITIES, Granularity, projected, restored
 from hf_modular.adapters._method import (
     Adapter,
     AdapterConfig,
@@ -111,7 +111,10 @@ class Stored(nn.Module):
     def at(self, task: int, coefficients: Tensor | None) -> Tensor:  # (r, positions)
         """The factor of a task; the coefficients if they are the layer's."""
         chosen = self.coefficients if coefficients is None else coefficients
-        return restored(self.mean, self.basis, chosen[task])  # type: ignore[index]
+        return self.restored(chosen[task])  # type: ignore[index]
+
+    def restored(self, coefficients: Tensor) -> Tensor:  # (p, positions or 1) -> (r, positions)
+        return restored(self.mean, self.basis, coefficients)
 
 
 class RMM(LowRank):
@@ -123,7 +126,7 @@ class RMM(LowRank):
     def __init__(self, config: RMMAdapterConfig, site: Site) -> None:
         super().__init__(config, site, 1.0)
         r = pattern_value(config.rank_pattern, site.name, config.r)
-        self.columns = site.weight_shape[1:]
+        self.columns, self.granularity = site.weight_shape[1:], cast(Granularity, config.granularity)
         self.A = Stored(config, r, torch.Size(self.columns).numel())
         self.B = Stored(config, r, site.weight_shape[0])
         shared = torch.zeros(len(config.tasks), config.p, 1)
@@ -148,6 +151,30 @@ class RMM(LowRank):
         A = self.A.at(self.task, self.coefficients).unflatten(1, self.columns)
         B = self.B.at(self.task, self.coefficients).t()
         return Factors(B, None, A) if A.ndim == 2 else Factors(B, A, None)
+
+    @property
+    def rank(self) -> int:
+        return len(self.A.mean)
+
+    def nearest(self, A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:  # both (r, positions)
+        """What would be stored of the factors of another task."""
+        found = self._coefficients(A, B)
+        return self.A.restored(found[0]), self.B.restored(found[1])
+
+    @torch.no_grad()
+    def extended(self, task: str, A: Tensor, B: Tensor) -> None:
+        """Store another task, of which this is nearest to its factors."""
+        for module, new in zip((self.A, self.B), self._coefficients(A, B), strict=True):
+            if module.coefficients is not None:
+                module.coefficients = _with(module.coefficients, new)
+        if self.coefficients is not None:
+            self.coefficients = _with(self.coefficients, new)
+        self.tasks = (*self.tasks, task)
+
+    @torch.no_grad()
+    def _coefficients(self, A: Tensor, B: Tensor) -> list[Tensor]:
+        given = [A.to(self.A.mean), B.to(self.B.mean)]
+        return projected(given, [self.A.mean, self.B.mean], [self.A.basis, self.B.basis], self.granularity)
 
     def resized(self, names: list[str], rows: Tensor) -> None:
         """Other tasks, which are `rows` of those that there are."""
@@ -175,11 +202,25 @@ class Whole(Adapter):
     def replacement(self) -> tuple[Tensor, Tensor | None]:
         return self.weights[self.task], self.biases[self.task] if len(self.biases) else None
 
+    @torch.no_grad()
+    def extended(self, task: str, weight: Tensor, bias: Tensor | None) -> None:
+        """Store another task."""
+        like = self.weights[0]
+        self.weights.append(nn.Parameter(weight.to(like), requires_grad=like.requires_grad))
+        if bias is not None and len(self.biases):
+            self.biases.append(nn.Parameter(bias.to(like), requires_grad=like.requires_grad))
+        self.tasks = (*self.tasks, task)
+
     def resized(self, names: list[str], rows: Tensor) -> None:
         """Other tasks, which are `rows` of those that there are."""
         self.weights = nn.ParameterList(self.weights[int(row)] for row in rows)
         self.biases = nn.ParameterList(self.biases[int(row)] for row in rows if len(self.biases))
         self.tasks = tuple(names)
+
+
+def _with(coefficients: Tensor, new: Tensor) -> nn.Parameter:
+    joined = torch.cat([coefficients, new.unsqueeze(0).to(coefficients)])
+    return nn.Parameter(joined, requires_grad=coefficients.requires_grad)
 
 
 def _chosen(coefficients: Tensor, rows: Tensor) -> nn.Parameter:

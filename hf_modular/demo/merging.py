@@ -25,7 +25,7 @@ from hf_modular.merging import (
     merge_state_dicts,
 )
 
-SCALES = (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0)
+SCALES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,9 @@ EVERYWHERE: dict[str, Any] = {"target_modules": "all-linear", "exclude_modules":
 class Method:
     """One row of the table: what is trained, and how fast.
 
-    The rates were chosen once, each the best in mean validation accuracy (seed 0) of a grid with two steps a decade.
+    The rates were chosen once, by mean validation accuracy with seed 0 among 1e-3, 3e-3, 1e-2, ...: each is better
+    than the one below and the one above it. But full fine-tuning has 1e-3 where 3e-3 was 0.8 points better, since its
+    models are merged, which needs them near the base.
     """
 
     name: str
@@ -65,12 +67,12 @@ def all_but_head(base: Any) -> Any:
 
 # In this ViT a scale and a shift cost as much as LoRA's rank 1, and HUT's r=8 as much as LoRA's r=9: equals meet.
 METHODS = (
-    Method("linear probe", "models/probe", 1e-2, only_head),
-    Method("LoRA r=1", "adapters/lora-r1", 5e-3, adapter(LoraConfig(r=1, lora_alpha=2, **EVERYWHERE))),
-    Method("SSF", "adapters/ssf", 1e-2, adapter(SSFConfig(init_weights="identity", **EVERYWHERE))),
-    Method("LoRA r=9", "adapters/lora-r9", 2e-3, adapter(LoraConfig(r=9, lora_alpha=18, **EVERYWHERE))),
-    Method("HUT r=8", "adapters/hut-r8", 5e-3, adapter(HUTConfig(r=8, **EVERYWHERE))),
-    Method("full fine-tuning", "models/full", 5e-4, all_but_head),
+    Method("linear probe", "models/probe", 1e-1, only_head),
+    Method("LoRA r=1", "adapters/lora-r1", 1e-2, adapter(LoraConfig(r=1, lora_alpha=2, **EVERYWHERE))),
+    Method("SSF", "adapters/ssf", 1e-1, adapter(SSFConfig(init_weights="identity", **EVERYWHERE))),
+    Method("LoRA r=9", "adapters/lora-r9", 1e-2, adapter(LoraConfig(r=9, lora_alpha=18, **EVERYWHERE))),
+    Method("HUT r=8", "adapters/hut-r8", 1e-1, adapter(HUTConfig(r=8, **EVERYWHERE))),
+    Method("full fine-tuning", "models/full", 1e-3, all_but_head),
 )
 BY_NAME = {method.name: method for method in METHODS}
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hf_modular.merging.multislerp import MultiSLERPConfig
     from hf_modular.merging.nearswap import NearSwapConfig
     from hf_modular.merging.nuslerp import NuSLERPConfig
+    from hf_modular.merging.opcm import OPCMAddConfig, OPCMConfig, OPCMResultConfig
     from hf_modular.merging.passthrough import PassthroughConfig
     from hf_modular.merging.pcb import PCBConfig
     from hf_modular.merging.sce import SCEConfig
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from hf_modular.merging.ties import TIESConfig
 
     METHODS: dict[str, type[MergeMethod]]
+    PARTS: dict[str, type[MergeMethod]]
 
 _METHODS = (
     "LinearConfig",
@@ -35,6 +37,7 @@ _METHODS = (
     "DAREConfig",
     "PCBConfig",
     "FisherConfig",
+    "OPCMConfig",
     "TIESConfig",
     "BreadcrumbsConfig",
     "DELLAConfig",
@@ -48,6 +51,7 @@ _METHODS = (
     "ArceeFusionConfig",
     "PassthroughConfig",
 )  # in the order in which they are listed
+_PARTS = ("OPCMAddConfig", "OPCMResultConfig")  # steps of methods that take one model after the other
 
 _HOME = {
     "ArceeFusionConfig": "arcee_fusion",
@@ -64,6 +68,9 @@ _HOME = {
     "MultiSLERPConfig": "multislerp",
     "NearSwapConfig": "nearswap",
     "NuSLERPConfig": "nuslerp",
+    "OPCMAddConfig": "opcm",
+    "OPCMConfig": "opcm",
+    "OPCMResultConfig": "opcm",
     "PCBConfig": "pcb",
     "PassthroughConfig": "passthrough",
     "SCEConfig": "sce",
@@ -76,6 +83,7 @@ _HOME = {
 
 __all__ = [
     "METHODS",
+    "PARTS",
     "ArceeFusionConfig",
     "BreadcrumbsConfig",
     "DAREConfig",
@@ -90,6 +98,9 @@ __all__ = [
     "MultiSLERPConfig",
     "NearSwapConfig",
     "NuSLERPConfig",
+    "OPCMAddConfig",
+    "OPCMConfig",
+    "OPCMResultConfig",
     "PCBConfig",
     "PassthroughConfig",
     "SCEConfig",
@@ -102,8 +113,9 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "METHODS":
-        value: Any = {method.name: method for method in map(__getattr__, _METHODS)}
+    if name in ("METHODS", "PARTS"):
+        classes = map(__getattr__, _METHODS if name == "METHODS" else _PARTS)
+        value: Any = {method.name: method for method in classes}
     elif name in _HOME:
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     else:

@@ -73,6 +73,7 @@ class Engine:
     companions: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)
     block: int = BLOCK
     notes: dict[str, None] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
     _surveys: dict[str, Any] = field(default_factory=dict)
     _locks: dict[str, Lock] = field(default_factory=dict)
     _kept: local = field(default_factory=local)
@@ -202,7 +203,9 @@ class Engine:
         method = next((self.settings[name].method for name in self._sizes), self.method)
         if method.survey_scope == "tensor":
             return None
-        return method.survey(PieceStacks(Pieces(self._sizes, self._whole), self.stack, pool.map))
+        survey = method.survey(PieceStacks(Pieces(self._sizes, self._whole), self.stack, pool.map))
+        self.facts.update(method.facts(survey))
+        return survey
 
     def _survey_tensor(self, name: str, method: MergeMethod, run: Callable[..., Any] = map) -> Any:
         """Made by the first thread that needs it, while others that need the same wait."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import UnionType
-from typing import Any, ClassVar, Literal, Protocol, Self, TypeVar
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -193,7 +193,16 @@ class MergeMethod(MergeSettings, ABC):
     """Settings as dataclass fields, `merge` as the mathematics of one stack of tensors."""
 
     takes_weights: ClassVar[bool] = True  # else the models must not have any
-    needs: ClassVar[frozenset[str]] = frozenset()  # companions to stream beside the weights
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What is to be read beside the weights of each model."""
+        return frozenset()
+
+    @property
+    def one_by_one(self) -> "Parts | None":
+        """For a method that takes one model after the other: its parts, each a method of its own."""
+        return None
 
     @property
     def elementwise(self) -> bool:
@@ -218,6 +227,20 @@ class MergeMethod(MergeSettings, ABC):
     @abstractmethod
     def merge(self, stack: Stack, survey: Any) -> Tensor:  # (*shape)
         """The merged tensor."""
+
+    def facts(self, survey: Any) -> dict[str, Any]:
+        """What of the survey of a whole model is worth a place in the report, as JSON has it."""
+        return {}
+
+
+class Parts(NamedTuple):
+    """A method that takes one model after the other, in parts: a state, of the base's names and shapes, is all that
+    goes from one to the next, and the facts of their surveys.
+    """
+
+    first: MergeMethod  # of the base and a model makes the state
+    add: MergeMethod  # of the base, a model and, as its companion "state", the state before
+    result: Callable[[list[dict[str, Any]]], MergeMethod]  # the facts so far -> of the base and the state, as a model
 
 
 def read_config(name_or_path: str | Path, **download: Any) -> dict[str, Any]:

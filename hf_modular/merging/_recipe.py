@@ -23,7 +23,7 @@ from hf_modular.merging._yaml import Document, Location, read, spelled
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 Problems = Iterator[tuple[Location, str]]
 
-COMPANIONS = ("fisher", "activations")  # the keys of a model that name what a method needs beside its weights
+COMPANIONS = ("fisher", "activations", "state")  # the keys of a model that name what a method needs beside its weights
 
 _NOT_YET = {
     "slices": "stacking layers",
@@ -56,6 +56,9 @@ class ModelEntry(_Strict):
     )
     activations: str | None = Field(
         default=None, min_length=1, description="A folder or repository with the sizes of the model's activations."
+    )
+    state: str | None = Field(
+        default=None, min_length=1, description="A folder with what a step of a method has to go on from."
     )
 
     @property
@@ -160,6 +163,11 @@ class MergeRecipe(Recipe):
     tokenizer: TokenizerChoice | None = Field(default=None, description="The same as `tokenizer_source`.")
     chat_template: str | None = Field(default=None, description="A Jinja template for the merged model.")
     seed: StrictInt = Field(default=0, ge=0, lt=2**64, description="For methods that draw random numbers.")
+    state: str | None = Field(
+        default=None,
+        min_length=1,
+        description="A folder in which a method that takes the models one by one keeps what it knows of them.",
+    )
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load` reads."""

@@ -33,6 +33,7 @@ class MergeReport:
         device: Where the arithmetic was done.
         notes: What was decided and may surprise.
         versions: Of the software that the result may depend on.
+        facts: What the method found out of the whole models, such as norms and quantiles.
     """
 
     merge_method: str
@@ -49,6 +50,7 @@ class MergeReport:
     device: str
     notes: list[str]
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         (Path(folder) / REPORT).write_text(self.to_json() + "\n", "utf-8")

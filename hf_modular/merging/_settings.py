@@ -74,7 +74,7 @@ def depths(names: Iterable[str]) -> dict[str, float]:
 def known() -> dict[str, tuple[type[MergeSettings], Alias]]:
     """Every name of a method, ours and mergekit's."""
     found: dict[str, tuple[type[MergeSettings], Alias]] = {}
-    for name, method in merging.METHODS.items():
+    for name, method in (merging.METHODS | merging.PARTS).items():
         found[name] = (method, Alias())
         found |= {alias: (method, words) for alias, words in method.aliases.items()}
     return found

@@ -6,21 +6,23 @@ Everything that can be wrong is looked for in headers and settings before a weig
 import json
 import time
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from shutil import disk_usage
+from typing import Any
 
 import torch
 
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
 from hf_modular.merging._companions import Companion, companion_problems, is_root, without
 from hf_modular.merging._engine import Engine
-from hf_modular.merging._method import MergeMethod
+from hf_modular.merging._method import MergeMethod, Parts
 from hf_modular.merging._names import Names, agree
+from hf_modular.merging._one_by_one import one_by_one
 from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
 from hf_modular.merging._processes import Processes, processes
 from hf_modular.merging._recipe import MergeRecipe
@@ -76,6 +78,10 @@ def merge(
         ranks = processes()
         job = _Job(recipe, _opened(recipe, stack), ranks.device(_device(device)))
         ranks.together(lambda: refuse(job.problems(Path(output_dir), overwrite=overwrite, resume=resume)))
+        if parts := job.method.one_by_one:
+            given: Any = {"device": device, "workers": workers, "progress": progress, "overwrite": overwrite}
+            run = partial(merge, **given | {"max_shard_size": max_shard_size, "hashes": hashes, "resume": resume})
+            return job.run_parts(parts, Path(output_dir), run, ranks, hashes=hashes, resume=resume, started=started)
         options = {
             "max_shard_size": max_shard_size,
             "overwrite": overwrite,
@@ -120,6 +126,11 @@ class _Job:
     @cached_property
     def models(self) -> list[Source]:
         return [self.sources[entry.model] for entry in self.recipe.task_models]
+
+    @cached_property
+    def method(self) -> MergeMethod:
+        """The method with the recipe's settings, those of the first tensor if they vary."""
+        return next((resolved.method for resolved in self.engine.settings.values()), self.recipe.method)
 
     @cached_property
     def names(self) -> Names:
@@ -172,18 +183,45 @@ class _Job:
     def problems(self, output: Path, *, overwrite: bool, resume: bool) -> Iterator[str]:
         """All that can be known to be wrong before a weight is read."""
         yield from _output_problems(output, self.sources.values(), overwrite=overwrite or resume)
-        yield from _space_problems(output, sum(tensor.nbytes for tensor in self.plan.values()))
+        state = 2 * 4 * sum(tensor.numel for tensor in self.plan.values()) if self.method.one_by_one else 0
+        yield from _space_problems(output, state + sum(tensor.nbytes for tensor in self.plan.values()))
         yield from _device_problems(self.device)
         yield from _config_problems([self.reference, *self.models])
         yield from disagreements(self.inputs, {model.reference: model.tensors for model in self.models})
         for source in self.sources.values():
             yield from unmergeable(source.tensors, source.reference)
+        if self.recipe.state and not self.method.one_by_one:
+            yield f"{self.recipe.merge_method!r} takes all models at once and keeps no state: remove the key `state`"
         if self.recipe.settings.vary and _surveys_model(self.recipe.method):
             yield f"{self.recipe.merge_method!r} looks at the whole model: its settings must be alike for all tensors"
         else:
             yield from setting_problems(self.engine.settings, len(self.models), self.engine.base is not None)
-            method = next((resolved.method for resolved in self.engine.settings.values()), self.recipe.method)
-            yield from companion_problems(method, self.plan, len(self.models), self.engine.companions)
+            yield from companion_problems(self.method, self.plan, len(self.models), self.engine.companions)
+
+    def run_parts(
+        self,
+        parts: Parts,
+        output: Path,
+        run: Callable[..., MergeReport],
+        ranks: Processes,
+        *,
+        hashes: bool,
+        resume: bool,
+        started: float,
+    ) -> MergeReport:
+        """Take one model after the other, and report on the whole in the place of the last part."""
+        state, last = one_by_one(self.pinned, self.method, parts, self.reference.weights, output, run, resume)
+        with Workers(last.workers) as pool:
+            report = self.report([], pool, hashes=hashes, started=started)
+        facts = {"models": state.models, "steps": state.facts, **last.facts}
+        report = replace(
+            report, outputs=last.outputs, notes=[*dict.fromkeys([*report.notes, *last.notes])], facts=facts
+        )
+        if ranks.first:
+            self.add_settings(output)
+            report.save(output)
+        ranks.together(lambda: None)
+        return report
 
     def run(
         self, writer: CheckpointWriter, pool: Workers, ranks: Processes, finished: Container[str], *, progress: bool
@@ -256,6 +294,7 @@ class _Job:
                 *without(self.plan, self.engine.companions),
                 *_code_notes(self.reference),
             ],
+            facts=self.engine.facts,
         )
 
 

@@ -14,7 +14,7 @@ where every λᵢ Fᵢ is 0, which takes floor=0.
 
 import math
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,7 +28,6 @@ class FisherConfig(MergeMethod):
 
     name: ClassVar[str] = "fisher"
     base_model: ClassVar[Literal["required", "optional", "unused"]] = "unused"
-    needs: ClassVar[frozenset[str]] = frozenset({"fisher"})
 
     normalize: bool = field(
         default=True, metadata={"help": "Divide each model's weight by the L2 norm of its Fisher information."}
@@ -37,6 +36,10 @@ class FisherConfig(MergeMethod):
         default=1e-6, metadata={"help": "The least Fisher information that counts.", "law": "[0, inf)"}
     )
     favor_first: bool = field(default=True, metadata={"help": "Apply the floor to the first model only."})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        return frozenset({"fisher"})
 
     @property
     def elementwise(self) -> bool:
@@ -58,6 +61,9 @@ class FisherConfig(MergeMethod):
         first = stack.models[0]
         changes = ((model - first).mul_(share) for model, share in zip(stack.models, shares, strict=True))
         return weighted_sum([1.0] * len(shares), changes).div_(_sum(shares)).add_(first)
+
+    def facts(self, survey: list[float]) -> dict[str, Any]:
+        return {"norms": survey}
 
     def _shares(self, stack: Stack, norms: list[float]) -> Tensor:  # (n, *shape)
         """λᵢ Fᵢ"""

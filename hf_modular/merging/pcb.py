@@ -20,7 +20,7 @@ models (sᵢ is the same); `scope`; quantiles that are exact for models larger t
 
 import functools
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -96,6 +96,12 @@ class PCBConfig(MergeMethod):
 
     def merge(self, stack: Stack, survey: Survey) -> Tensor:
         return torch.cat([self._merged(run, survey) for run in stack.runs()]).view_as(stack.base)
+
+    def facts(self, survey: Survey) -> dict[str, Any]:
+        return {
+            name: [[float(end) for end in ends] for ends in zip(of.low, of.high, strict=True)]
+            for name, of in survey._asdict().items()
+        }
 
     def _merged(self, stack: Stack, survey: Survey) -> Tensor:  # (size,)
         deltas = stack.deltas

@@ -134,7 +134,7 @@ def test_refuses(base, models, config, weights, message):
         merge_state_dicts(base, models, config, weights=weights)
 
 
-@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method.needs])
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if not method().needs])
 def test_inputs_are_left_alone(method):
     before = [{k: v.clone() for k, v in s.items()} for s in (BASE, ONE, TWO)]
     merge_state_dicts(BASE, [ONE, TWO][: METHODS[method].model_counts[0]], METHODS[method]())

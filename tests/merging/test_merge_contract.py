@@ -14,6 +14,7 @@ from hf_modular.merging import (
     MultiSLERPConfig,
     NearSwapConfig,
     NuSLERPConfig,
+    OPCMConfig,
     PassthroughConfig,
     PCBConfig,
     SCEConfig,
@@ -66,6 +67,8 @@ CASES = (
     MergeCase(FisherConfig(normalize=False, floor=0.5), symmetric=True, formula=by_importance),
     MergeCase(FisherConfig(floor=1.5), symmetric=False),
     MergeCase(PCBConfig(density=0.4), symmetric=True),
+    MergeCase(OPCMConfig(), symmetric=False),
+    MergeCase(OPCMConfig(alpha=1.0, skip="layers.0"), symmetric=False),
     MergeCase(PCBConfig(density=0.4, variant="raw", scope="tensor", scale=0.5), symmetric=True),
     MergeCase(PassthroughConfig(), formula=lambda base, models, weights: models[0]),
 )
