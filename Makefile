@@ -15,9 +15,12 @@ lint: .venv/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# About an hour; the models to merge take 6 GB, best on a file system in memory.
+BENCH_MODELS ?= .peers/merge-bench
 bench: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapters.py
-	$(BIN)/python benchmarks/merge.py
+	test -d $(BENCH_MODELS) || $(BIN)/python benchmarks/make_models.py $(BENCH_MODELS)
+	$(BIN)/python benchmarks/merge.py $(BENCH_MODELS)
 
 # PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
 conformance: .venv/.ready
