@@ -161,7 +161,7 @@ def test_a_head_that_the_base_has_not(bases, tmp_path):
 
 def test_what_cannot_be_extracted_is_refused(bases, tmp_path):
     tuned("llama", tmp_path / "tuned", low_rank)
-    with pytest.raises(ValueError, match=r"can be fitted by .*but got IA3Config"):
+    with pytest.raises(ValueError, match=r"are fitted by .*but got IA3Config"):
         extract_adapter(
             bases["llama"],
             tmp_path / "tuned",
