@@ -4,6 +4,7 @@ Each merges tensors of its own into the files that the first one laid out, and o
 What goes wrong in one of them ends all of them.
 """
 
+import atexit
 import os
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -74,7 +75,15 @@ def processes() -> Processes:
     from accelerate import PartialState
 
     state = PartialState(cpu=True)  # what they tell each other is no work for an accelerator
+    atexit.register(_disconnect)
     return Processes(state.process_index, state.num_processes, state.local_process_index)
+
+
+def _disconnect() -> None:
+    """End the threads of the connection: an interpreter that ends while they run may abort."""
+    if torch.distributed.is_initialized():
+        with suppress(RuntimeError):
+            torch.distributed.destroy_process_group()
 
 
 def _attempt(step: Callable[[], Any]) -> _Outcome:
