@@ -4,10 +4,10 @@ Importing this package is cheap: the public names are loaded on first use, and t
 registered with PEFT as soon as PEFT itself is imported, before or after this package.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hf_modular import _after_peft
+from hf_modular._lazy import attributes
 from hf_modular._version import __version__
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         merge_adapters,
     )
     from hf_modular.adapters import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
-    from hf_modular.fisher_information import fisher_information
+    from hf_modular.fisher import fisher_information
     from hf_modular.hub import push_to_hub
     from hf_modular.merging import (
         ArceeFusionConfig,
@@ -75,7 +75,7 @@ _HOME = {
     "TIESConfig": "merging",
     "TaskArithmeticConfig": "merging",
     "extract_adapter": "adapter_merging",
-    "fisher_information": "fisher_information",
+    "fisher_information": "fisher",
     "merge": "merging",
     "merge_adapter_files": "adapter_merging",
     "merge_adapters": "adapter_merging",
@@ -124,12 +124,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hf_modular' has no attribute {name!r}")
-    value = getattr(import_module(f"hf_modular.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = attributes(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

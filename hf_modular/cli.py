@@ -139,8 +139,8 @@ def fisher(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
 ) -> None:
     """Compute a model's Fisher information on texts, for `merge_method: fisher`; also under `accelerate launch`."""
-    from hf_modular._loading import load_model, load_texts
-    from hf_modular.fisher_information import fisher_information
+    from hf_modular.fisher import fisher_information
+    from hf_modular.fisher._loading import load_model, load_texts
 
     columns = [] if tokens else text
     rows = load_texts(dataset, split, model, columns, label=label, max_length=max_length, examples=examples, seed=seed)

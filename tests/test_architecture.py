@@ -18,8 +18,9 @@ MAY_IMPORT = {
     "autoload": {"adapters"},
     "checkpoints": {"_version"},
     "adapters": {"_version", "_reversible", "checkpoints"},
-    "adapter_merging": {"_version", "_reversible", "checkpoints", "adapters", "merging"},
-    "merging": {"_version", "checkpoints"},
+    "adapter_merging": {"_lazy", "_version", "_reversible", "checkpoints", "adapters", "merging"},
+    "merging": {"_lazy", "_version", "checkpoints"},
+    "fisher": {"checkpoints", "merging"},
 }
 METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}
 

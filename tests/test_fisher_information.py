@@ -26,8 +26,9 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_modular import _examples, _likelihood, fisher_information
+from hf_modular import fisher_information
 from hf_modular.checkpoints import Checkpoint
+from hf_modular.fisher import _examples, _likelihood
 from hf_modular.merging import FisherConfig, merge_state_dicts
 
 SMALL = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1, "num_attention_heads": 2}

@@ -10,8 +10,9 @@ from datasets import Dataset, DatasetDict
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
-from hf_modular import _loading, cli, fisher_information
+from hf_modular import cli, fisher_information
 from hf_modular.checkpoints import Checkpoint
+from hf_modular.fisher import _loading
 
 WORDS = ["[PAD]", "[UNK]", "the", "cat", "dog", "sat", "ran", "away"]
 ROWS = [

@@ -1,7 +1,8 @@
 """Merging adapters into adapters, and extracting them from fine-tuned models. Everything is loaded on first use."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_modular._lazy import attributes
 
 if TYPE_CHECKING:
     from hf_modular.adapter_merging._extract import extract_adapter
@@ -27,12 +28,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = attributes(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

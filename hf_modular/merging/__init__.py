@@ -1,7 +1,8 @@
 """Model merging: METHODS, the table of methods, and the ways to run them. Everything is loaded on first use."""
 
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from hf_modular._lazy import attributes
 
 if TYPE_CHECKING:
     from hf_modular.merging._memory import merge_state_dicts
@@ -112,16 +113,11 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name in ("METHODS", "PARTS"):
-        classes = map(__getattr__, _METHODS if name == "METHODS" else _PARTS)
-        value: Any = {method.name: method for method in classes}
-    elif name in _HOME:
-        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+def _table(names: tuple[str, ...]) -> dict[str, Any]:
+    return {method.name: method for method in map(__getattr__, names)}
+
+
+__getattr__ = attributes(__name__, _HOME, {"METHODS": lambda: _table(_METHODS), "PARTS": lambda: _table(_PARTS)})
 
 
 def __dir__() -> list[str]:

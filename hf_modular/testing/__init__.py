@@ -1,7 +1,8 @@
 """The contracts that every method must keep, as test classes to inherit; for methods of other packages too."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from hf_modular._lazy import attributes
 
 if TYPE_CHECKING:
     from hf_modular.testing._adapters import (
@@ -47,12 +48,7 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'hf_modular.testing' has no attribute {name!r}")
-    value = getattr(import_module(f"hf_modular.testing.{_HOME[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__ = attributes(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_modular._likelihood import IGNORED, Labels, Problem, scores
-from hf_modular._per_example import Example
+from hf_modular.fisher._likelihood import IGNORED, Labels, Problem, scores
+from hf_modular.fisher._per_example import Example
 
 _LABELS = ("labels", "label", "label_ids")  # as transformers' data collators have them
 

@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_modular._examples import Reader, Rows
-from hf_modular._likelihood import Problem
-from hf_modular._over_data import Store, sums_over
-from hf_modular._per_example import SquaredGradients
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
+from hf_modular.fisher._examples import Reader, Rows
+from hf_modular.fisher._likelihood import Problem
+from hf_modular.fisher._over_data import Store, sums_over
+from hf_modular.fisher._per_example import SquaredGradients
 from hf_modular.merging._method import check_setting
 
 CONFIG = "fisher_config.json"
