@@ -7,7 +7,6 @@ same tensors there for good. Forward and merge therefore cannot disagree.
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_modular.adapters._layout import LINEAR, Layout, is_plain, layout_of
 from hf_modular.adapters._method import Adapter, Site
+from hf_modular.adapters._quantised import Taken, dequantised
 
 BASE = "__base__"  # PEFT's name, in `adapter_names`, for samples without an adapter
 
@@ -45,7 +45,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = (slot,)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
-        self._originals: _Taken | None = None  # the base layer and its own parameters, while merged
+        self._originals: Taken | None = None  # the base layer and its own parameters, while merged
         self.add_module(slot, nn.ModuleDict())
 
     # -- adapters --------------------------------------------------------------------------------------------
@@ -173,7 +173,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _base_tensors(self) -> Weights:
         bias = getattr(self.base_layer, "bias", None)
         if self.quantization_backend is not None:
-            return self.get_base_weight(), bias
+            return dequantised(self.base_layer, self.quantization_backend), bias
         return self.base_layer.weight, bias  # type: ignore[return-value]
 
     def _weight_shape(self) -> tuple[int, ...]:
@@ -211,7 +211,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return
         weight, bias = self._merged_tensors(names, safe_merge)
         if self._originals is None:
-            self._originals = _Taken.of(self.base_layer)
+            self._originals = Taken.of(self.base_layer)
         self._put(weight, bias, self._originals)
         self.merged_adapters.extend(names)
 
@@ -251,7 +251,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
     def _original_tensors(self) -> Weights | None:
         if self._originals is None:
             return None
-        merged = _Taken.of(self.base_layer)
+        merged = Taken.of(self.base_layer)
         self.base_layer = self._originals.put_back()
         try:
             return self._base_tensors()
@@ -265,7 +265,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"into layer '{self.site.name}' would give NaN or infinity. Nothing was merged."
             )
 
-    def _put(self, weight: Tensor, bias: Tensor | None, old: "_Taken") -> None:
+    def _put(self, weight: Tensor, bias: Tensor | None, old: Taken) -> None:
         if self.quantization_backend is not None:
             self.set_base_weight(weight)  # which may make another base layer (HQQ)
         else:
@@ -357,27 +357,3 @@ def _at_least_fp32(tensor: Any) -> Any:
 
 def _like(old: nn.Parameter | None, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.contiguous(), requires_grad=old is not None and old.requires_grad)
-
-
-# What bitsandbytes keeps of an 8-bit weight beside the parameter itself.
-_STATE = ("CB", "SB", "SCB", "SBt", "CBt")
-
-
-@dataclass(frozen=True)
-class _Taken:
-    """A layer with the parameters that it has now, to be put back later."""
-
-    layer: nn.Module
-    parameters: dict[str, nn.Parameter | None]
-    state: dict[str, Any]
-
-    @classmethod
-    def of(cls, layer: nn.Module) -> "_Taken":
-        state = getattr(layer, "state", None)
-        return cls(layer, dict(layer._parameters), {key: getattr(state, key) for key in _STATE if hasattr(state, key)})
-
-    def put_back(self) -> nn.Module:
-        self.layer._parameters.update(self.parameters)
-        for key, value in self.state.items():
-            setattr(self.layer.state, key, value)
-        return self.layer

@@ -8,11 +8,13 @@ import torch
 from adapters import tiny
 from adapters.table import MERGEABLE, METHODS
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.utils.quantization_utils import Bnb4bitBackend
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_modular.adapters._layer import AdapterLayer
+from hf_modular.adapters._quantised import dequantised
 from hf_modular.testing import AdapterCase
 
 bnb = pytest.importorskip("bitsandbytes")
@@ -100,6 +102,21 @@ def test_starts_where_it_promises(case: AdapterCase, bits: str) -> None:
         assert not torch.equal(start, base)
     with model.disable_adapter():
         assert torch.equal(tiny.run(model), base)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_weight_that_was_packed_for_inference_is_read_as_before(nested: bool) -> None:
+    base = nn.Sequential(bnb.nn.Linear4bit(64, 96, bias=False, compress_statistics=nested, quant_type="nf4"))
+    base.load_state_dict({"0.weight": torch.randn(96, 64)}, strict=False)
+    layer = base.to("cpu")[0]
+    backend = Bnb4bitBackend()
+    before, held = dequantised(layer, backend), layer.weight.data.clone()
+    with torch.no_grad():
+        output = base.eval()(torch.eye(64)).t()
+    if torch.equal(held, layer.weight.data):
+        pytest.skip("this CPU has no bf16 instructions, for which bitsandbytes packs weights")
+    assert_close(dequantised(layer, backend).float(), before.float(), rtol=0.01, atol=0.0)  # bf16 scales
+    assert_close(output.float(), before.float(), rtol=0.03, atol=0.03)
 
 
 @pytest.mark.parametrize("case", MERGEABLE, ids=str)
