@@ -45,8 +45,10 @@ if TYPE_CHECKING:
         merge,
         merge_state_dicts,
     )
+    from hf_modular.optim import AdamR
 
 _HOME = {
+    "AdamR": "optim",
     "AdapterRecipe": "adapter_merging",
     "AdapterReport": "adapter_merging",
     "ArceeFusionConfig": "merging",
@@ -85,6 +87,7 @@ _HOME = {
 }
 
 __all__ = [
+    "AdamR",
     "AdapterRecipe",
     "AdapterReport",
     "ArceeFusionConfig",

@@ -21,6 +21,7 @@ MAY_IMPORT = {
     "adapter_merging": {"_lazy", "_version", "_reversible", "checkpoints", "adapters", "merging"},
     "merging": {"_lazy", "_version", "checkpoints"},
     "fisher": {"checkpoints", "merging"},
+    "optim": set(),
 }
 METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}
 
