@@ -1,36 +1,44 @@
 """A merge as a file: mergekit's YAML format, read strictly.
 
-Unknown keys, unknown or impossible values, and keys of mergekit that this library does not have yet are refused with
-their line; nothing is ignored. A setting may be a value, a list of numbers that is interpolated over the depth of the
+Unknown keys, unknown or impossible values, and keys of mergekit that this library does not have are refused with their
+line; nothing is ignored. A setting may be a value, a list of numbers that is interpolated over the depth of the
 model, or a list of values each with a `filter` on tensor names.
 """
 
 import difflib
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, NamedTuple, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, StrictInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, StrictInt, ValidationError, model_validator
 
+from hf_modular.merging._chat_templates import NAMED, is_template
+from hf_modular.merging._entries import (
+    COMPANIONS as COMPANIONS,
+    ModelEntry as ModelEntry,
+    OutputSlice,
+    SliceSource,
+    Strict,
+    TokenChoice,
+    TokenizerChoice,
+)
 from hf_modular.merging._method import Alias, MergeMethod, MergeSettings, check_setting
-from hf_modular.merging._settings import IGNORED, Settings, known, translated, word
+from hf_modular.merging._settings import IGNORED, Settings, chained, known, translated, word
 from hf_modular.merging._yaml import Document, Location, read, spelled
 
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 Problems = Iterator[tuple[Location, str]]
 
-COMPANIONS = ("fisher", "activations", "state")  # the keys of a model that name what a method needs beside its weights
+_REFERENCES = {"model", "base_model", "source", "tokenizer_source", "heads", "chat_template", *COMPANIONS}
 
-_NOT_YET = {
-    "slices": "stacking layers",
-    "modules": "merging the modules of a model apart",
-    "adapter": "merging base + adapter",
-    "tokens": "choosing the embeddings of single tokens",
-    "pad_to_multiple_of": "padding the vocabulary",
+_REFUSED = {  # keys of mergekit
+    "modules": "merging the modules of a model apart is not supported: merge checkpoints of each module",
+    "adapter": "merging base + adapter is not supported yet",
+    "residual_weight": "mergekit reads this key and does nothing with it: remove it",
+    "layer_range": "a range of layers is given under `slices`, for each of the `sources`",
 }
 
 
@@ -42,38 +50,24 @@ class RecipeError(ValueError):
         super().__init__("; ".join(f"{spelled(place)}: {message}" for place, message in self.problems))
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Column(NamedTuple):
+    """A model of a section, whose layers count from `first` on."""
+
+    model: str
+    first: int = 0
 
 
-class ModelEntry(_Strict):
-    """One of the models to merge."""
+class Section(NamedTuple):
+    """Tensors of the result that the same models are merged into: all of them, or those of some layers."""
 
-    model: str = Field(min_length=1, description="A folder, or a Hub repository as `name` or `name@revision`.")
-    parameters: dict[str, Any] = Field(default={}, description="The settings of this model, such as `weight`.")
-    fisher: str | None = Field(
-        default=None, min_length=1, description="A folder or repository with the model's Fisher information."
-    )
-    activations: str | None = Field(
-        default=None, min_length=1, description="A folder or repository with the sizes of the model's activations."
-    )
-    state: str | None = Field(
-        default=None, min_length=1, description="A folder with what a step of a method has to go on from."
-    )
-
-    @property
-    def references(self) -> dict[str, str]:
-        """The keys that name folders or repositories."""
-        return {key: name for key in ("model", *COMPANIONS) if (name := getattr(self, key))}
+    place: Location  # in the recipe
+    base: Column | None
+    models: list[Column]
+    layers: int | None  # how many; None for the whole model
+    settings: Settings
 
 
-class TokenizerChoice(_Strict):
-    """Whose tokenizer the merged model gets."""
-
-    source: str = Field(min_length=1, description="`base`, or one of the models.")
-
-
-class Recipe(_Strict):
+class Recipe(Strict):
     """What the recipes of all kinds of merges have in common."""
 
     merge_method: str = Field(description="The method's name, or mergekit's name for it.")
@@ -114,10 +108,17 @@ class Recipe(_Strict):
         path = isinstance(recipe, (str, Path))
         document = read(Path(recipe)) if path else Document("the recipe", recipe)  # type: ignore[arg-type]
         try:
-            return cls.model_validate(document.data)
+            found = cls.model_validate(document.data)
+            found.__dict__["document"] = document
+            return found
         except ValidationError as error:
             problems = [document.place(*problem) for problem in _problems(error, cls)]
         raise ValueError(f"{document.name} cannot be used:\n" + "\n".join(f"  - {line}" for line in problems))
+
+    @cached_property
+    def document(self) -> Document:
+        """Where the recipe comes from, so that what is wrong can be named with its line."""
+        return Document("the recipe", {})
 
     @property
     def task_models(self) -> list[ModelEntry]:
@@ -140,7 +141,7 @@ class Recipe(_Strict):
         """What is wrong beside the kinds of values; the method is known."""
         yield from _parameter_problems(self, self.parameters, ("parameters",))
         for i, entry in enumerate(self.models):
-            yield from _parameter_problems(self, entry.parameters, ("models", i, "parameters"))
+            yield from _parameter_problems(self, entry.parameters, ("models", i, "parameters"), per_model=True)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -155,13 +156,29 @@ class MergeRecipe(Recipe):
     Read one with `MergeRecipe.load`, or make one from a method's settings with `MergeRecipe.of`.
     """
 
+    models: list[ModelEntry] = Field(default=[], min_length=1, description="The models to merge, in order.")
+    slices: list[OutputSlice] | None = Field(
+        default=None, min_length=1, description="The layers of the result, in order, in the place of `models`."
+    )
     dtype: DTypeName | None = Field(default=None, description="The same as `out_dtype`, which goes first.")
     out_dtype: DTypeName | None = Field(
         default=None, description="The dtype of the result, the base's by default; arithmetic is always fp32 or wider."
     )
-    tokenizer_source: str | None = Field(default=None, description="`base`, or one of the models.")
-    tokenizer: TokenizerChoice | None = Field(default=None, description="The same as `tokenizer_source`.")
-    chat_template: str | None = Field(default=None, description="A Jinja template for the merged model.")
+    tokenizer_source: str | None = Field(
+        default=None,
+        min_length=1,
+        description="Whose tokenizer the result gets: `base`, `union`, or one of the models.",
+    )
+    tokenizer: TokenizerChoice | None = Field(default=None, description="The same in detail.")
+    vocab: Literal["error", "truncate", "pad"] = Field(
+        default="error", description="What to do with vocabularies of different sizes when no tokenizer is chosen."
+    )
+    heads: str = Field(
+        default="error", min_length=1, description="`base`, or one of the models, whose head the result gets."
+    )
+    chat_template: str | None = Field(
+        default=None, min_length=1, description="A Jinja template, its name, one of the models, or `auto`."
+    )
     seed: StrictInt = Field(default=0, ge=0, lt=2**64, description="For methods that draw random numbers.")
     state: str | None = Field(
         default=None,
@@ -178,17 +195,40 @@ class MergeRecipe(Recipe):
 
     def renamed(self, names: Mapping[str, str]) -> Self:
         """The same recipe with other references to the same models."""
-        models = [
-            entry.model_copy(update={key: names[name] for key, name in entry.references.items()})
-            for entry in self.models
-        ]
-        changes: dict[str, Any] = {"models": models, "base_model": names.get(self.base_model or "", self.base_model)}
-        if self.tokenizer_source:
-            changes["tokenizer_source"] = names.get(self.tokenizer_source, self.tokenizer_source)
-        if self.tokenizer:
-            source = names.get(self.tokenizer.source, self.tokenizer.source)
-            changes["tokenizer"] = TokenizerChoice(source=source)
-        return self.model_copy(update=changes)
+        plain = _renamed(self.model_dump(exclude_unset=True, exclude={"parameters"}), names)
+        return type(self).load(plain | {"parameters": self.parameters} if self.parameters else plain)
+
+    @property
+    def references(self) -> list[str]:
+        """All folders and repositories that the recipe names, each once, the reference model first."""
+        entries = [name for entry in self.models for name in entry.references.values()]
+        sliced = [source.model for part in self.slices or () for source in part.sources]
+        return [*dict.fromkeys([self.reference_model, *entries, *sliced])]
+
+    @cached_property
+    def sections(self) -> list[Section]:
+        """What is merged with what: all models, or the sources of each slice."""
+        if self.slices is not None:
+            return [self._section(i, part) for i, part in enumerate(self.slices)]
+        base = Column(self.base_model) if self.base_model and self.method.base_model != "unused" else None
+        return [Section(("models",), base, [Column(entry.model) for entry in self.task_models], None, self.settings)]
+
+    def _section(self, index: int, part: OutputSlice) -> Section:
+        alias = self.methods()[self.merge_method][1]
+        base = self.slice_base(part)
+        sources = [source for source in part.sources if source is not base]
+        shared = chained(translated(part.parameters, alias), translated(self.parameters, alias))
+        settings = Settings(self.kind, shared, [translated(source.parameters, alias) for source in sources])
+        columns = [Column(source.model, source.layer_range[0]) for source in sources]
+        base_column = Column(base.model, base.layer_range[0]) if base else None
+        return Section(("slices", index), base_column, columns, part.sources[0].count, settings)
+
+    def slice_base(self, part: OutputSlice) -> SliceSource | None:
+        """The source that is the base of a slice."""
+        name = part.base_model or self.base_model
+        if self.method.base_model == "unused":
+            return None
+        return next((source for source in part.sources if source.model == name), None)
 
     @property
     def task_models(self) -> list[ModelEntry]:
@@ -206,13 +246,20 @@ class MergeRecipe(Recipe):
     @property
     def reference_model(self) -> str:
         """The model that the result is shaped after: the base, or the first model."""
-        return self.base_model or self.models[0].model
+        if self.base_model:
+            return self.base_model
+        return self.slices[0].sources[0].model if self.slices else self.models[0].model
+
+    @property
+    def tokenizer_choice(self) -> TokenizerChoice | None:
+        """What the recipe says of the tokenizer."""
+        return TokenizerChoice(source=self.tokenizer_source) if self.tokenizer_source else self.tokenizer
 
     @property
     def tokenizer_model(self) -> str:
-        """The model whose tokenizer the result gets."""
-        chosen = self.tokenizer.source if self.tokenizer else self.tokenizer_source
-        return self.reference_model if chosen in (None, "base") else chosen
+        """The model whose tokenizer the result gets, or begins with."""
+        source = self.tokenizer_choice.source if self.tokenizer_choice else "base"
+        return self.reference_model if source in ("base", "union") else source
 
     @property
     def result_dtype(self) -> DTypeName | None:
@@ -223,9 +270,17 @@ class MergeRecipe(Recipe):
         return cast(MergeMethod, self.kind)
 
     def problems(self) -> Problems:
-        yield from _model_problems(self)
+        if (self.slices is None) == (not self.models):
+            yield ("models",), "give `models` or `slices`, not both" if self.models else "this key is missing"
+            return
+        yield from _slice_problems(self) if self.slices is not None else _model_problems(self)
         yield from _tokenizer_problems(self)
         yield from super().problems()
+        for i, part in enumerate(self.slices or ()):
+            yield from _parameter_problems(self, part.parameters, ("slices", i, "parameters"))
+            for j, source in enumerate(part.sources):
+                place = ("slices", i, "sources", j, "parameters")
+                yield from _parameter_problems(self, source.parameters, place, per_model=True)
 
 
 def _recipe_problems(recipe: Recipe) -> Problems:
@@ -254,20 +309,88 @@ def _model_problems(recipe: MergeRecipe) -> Problems:
         yield ("models",), f"{recipe.merge_method!r} merges from {low} to {high} models, {found}"
 
 
+def _slice_problems(recipe: MergeRecipe) -> Problems:
+    named = {source.model for part in recipe.slices or () for source in part.sources}
+    if recipe.method.base_model == "unused" and recipe.base_model not in (None, *named):
+        yield ("base_model",), f"{recipe.merge_method!r} uses no base: remove it, or list it among the sources"
+    if recipe.method.one_by_one:
+        yield ("slices",), f"{recipe.merge_method!r} takes whole models one after the other: give `models`"
+    for i, part in enumerate(recipe.slices or ()):
+        yield from _range_problems(part, ("slices", i, "sources"))
+        yield from _source_problems(recipe, part, ("slices", i))
+
+
+def _range_problems(part: OutputSlice, place: Location) -> Problems:
+    for j, source in enumerate(part.sources):
+        first, end = source.layer_range
+        if not 0 <= first < end:
+            law = "must be [first, end) with 0 <= first < end"
+            yield (*place, j, "layer_range"), f"{law}, but is [{first}, {end}]"
+        elif source.count != part.sources[0].count:
+            law = f"all sources of a slice must have as many layers, {part.sources[0].count} as the first"
+            yield (*place, j, "layer_range"), f"{law}, but [{first}, {end}] are {source.count}"
+        if (source.model, source.layer_range) in [(s.model, s.layer_range) for s in part.sources[:j]]:
+            yield (*place, j), f"the same layers of {source.model!r} are listed twice"
+
+
+def _source_problems(recipe: MergeRecipe, part: OutputSlice, place: Location) -> Problems:
+    base, name = recipe.slice_base(part), part.base_model or recipe.base_model
+    if recipe.method.base_model == "required" and name is None:
+        yield place, f"{recipe.merge_method!r} needs a base_model, but the recipe has none"
+    elif recipe.method.base_model != "unused" and name is not None and base is None:
+        yield (*place, "sources"), f"the base, {name!r}, must be listed among the sources, with its layers"
+    low, high = recipe.method.model_counts
+    if not low <= (count := len(part.sources) - (base is not None)) <= high:
+        law = f"{recipe.merge_method!r} merges from {low} to {high} models"
+        yield (*place, "sources"), f"{law}, but the slice has {count} beside the base"
+
+
 def _tokenizer_problems(recipe: MergeRecipe) -> Problems:
     if recipe.tokenizer and recipe.tokenizer_source:
         yield ("tokenizer_source",), "give `tokenizer` or `tokenizer_source`, not both"
+    choice = recipe.tokenizer_choice
+    if choice and recipe.vocab != "error":
+        yield ("vocab",), "a tokenizer decides which rows the embeddings have: give one of the two"
+    models = {recipe.reference_model, *_listed(recipe)}
     place: Location = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
-    models = {recipe.reference_model, *(entry.model for entry in recipe.models)}
-    if recipe.tokenizer_model == "union":
-        yield place, "merging vocabularies ('union') is not supported yet: choose 'base' or one of the models"
-    elif recipe.tokenizer_model not in models:
-        yield place, f"the tokenizer must be 'base' or one of {sorted(models)}, but got {recipe.tokenizer_model!r}"
-    if recipe.chat_template is not None and not re.search(r"\{[{%]", recipe.chat_template):
-        yield ("chat_template",), f"must be Jinja text; names such as {recipe.chat_template!r} are not supported yet"
+    if choice and choice.source not in {"base", "union", *models}:
+        allowed = f"'base', 'union' or one of {sorted(models)}"
+        yield place, f"the tokenizer must be {allowed}, but got {choice.source!r}"
+    for token, origin in choice.tokens.items() if choice else ():
+        if origin.model is not None and origin.model not in models:
+            law = f"the embedding must come from one of {sorted(models)}"
+            yield ("tokenizer", "tokens", token), f"{law}, but got {origin.model!r}"
+    if recipe.heads not in {"error", "base", *models}:
+        yield ("heads",), f"must be 'error', 'base' or one of {sorted(models)}, but got {recipe.heads!r}"
+    if (wanted := recipe.chat_template) and not (is_template(wanted) or wanted in {"auto", *NAMED, *models}):
+        known = f"Jinja text, 'auto', one of {sorted(NAMED)}, or one of {sorted(models)}"
+        yield ("chat_template",), f"must be {known}, but got {wanted!r:.200}"
 
 
-def _parameter_problems(recipe: Recipe, parameters: Mapping[str, Any], place: Location) -> Problems:
+def _listed(recipe: MergeRecipe) -> list[str]:
+    """The models that are merged, without what lies beside them."""
+    return [entry.model for entry in recipe.models] + [s.model for part in recipe.slices or () for s in part.sources]
+
+
+def _renamed(content: Any, names: Mapping[str, str]) -> Any:
+    """What a recipe holds, with other references in all places where models are named."""
+    if isinstance(content, list):
+        return [_renamed(part, names) for part in content]
+    if not isinstance(content, dict):
+        return content
+    return {
+        key: names.get(value, value)
+        if key in _REFERENCES and isinstance(value, str)
+        else value
+        if key == "parameters"
+        else _renamed(value, names)
+        for key, value in content.items()
+    }
+
+
+def _parameter_problems(
+    recipe: Recipe, parameters: Mapping[str, Any], place: Location, *, per_model: bool = False
+) -> Problems:
     alias = recipe.methods()[recipe.merge_method][1]
     laws = {f.name: f.metadata for f in fields(recipe.kind)} | {"weight": {"per_model": True}}
     renamed = {ours for ours, _ in alias.keys.values()} - alias.keys.keys()
@@ -278,7 +401,7 @@ def _parameter_problems(recipe: Recipe, parameters: Mapping[str, Any], place: Lo
         if ours not in laws or key in renamed:
             allowed = sorted(laws.keys() - renamed | alias.keys.keys())
             yield (*place, key), f"{recipe.merge_method!r} has no setting {key!r}, it has {allowed}"
-        elif place[0] == "models" and not laws[ours].get("per_model"):
+        elif per_model and not laws[ours].get("per_model"):
             yield (*place, key), f"{key!r} cannot differ between models: put it under the recipe's `parameters`"
         else:
             check = partial(_refusal, recipe.kind, ours, convert)
@@ -331,8 +454,10 @@ def _problems(error: ValidationError, kind: type[Recipe]) -> Problems:
 
 
 def _unknown(place: Location, recipe: type[Recipe]) -> str:
-    if place[-1] in _NOT_YET:
-        return f"{_NOT_YET[str(place[-1])]} is not supported yet"
-    kinds: dict[str, type[BaseModel]] = {"models": ModelEntry, "tokenizer": TokenizerChoice}
-    kind = kinds.get(str(place[0]), recipe)
+    if place[-1] in _REFUSED:
+        return _REFUSED[str(place[-1])]
+    kinds: dict[str, type[BaseModel]] = {"models": ModelEntry, "tokenizer": TokenizerChoice, "slices": OutputSlice}
+    kind = (
+        SliceSource if "sources" in place else TokenChoice if "tokens" in place else kinds.get(str(place[0]), recipe)
+    )
     return f"there is no such key, there are {sorted(kind.model_fields)}"

@@ -86,9 +86,26 @@ def translated(parameters: Mapping[str, Any], alias: Alias) -> dict[str, Any]:
     return {ours: _leaves(value, convert) for (ours, convert), value in words}
 
 
+def chained(near: Mapping[str, Any], far: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of which the near ones go first; where no filter of a near one fits, the far one counts."""
+    both = {key: [*_cases(near[key]), *_cases(far[key])] for key in near.keys() & far.keys() if _filtered(near[key])}
+    return {**far, **near, **both}
+
+
 def word(key: str, alias: Alias) -> tuple[str, Callable[[Any], Any]]:
     """Our name for a recipe's key, and what becomes of its values."""
     return alias.keys.get(key, ("scale" if key == "lambda" else key, lambda value: value))
+
+
+def _filtered(setting: Any) -> bool:
+    return isinstance(setting, dict) or (isinstance(setting, list) and isinstance(setting[0], dict))
+
+
+def _cases(setting: Any) -> list[Any]:
+    """A setting as filtered values."""
+    if isinstance(setting, dict):
+        return [setting]
+    return setting if _filtered(setting) else [{"value": setting}]
 
 
 def _leaves(setting: Any, convert: Callable[[Any], Any]) -> Any:

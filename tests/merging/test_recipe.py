@@ -26,6 +26,16 @@ dtype: bfloat16
 tokenizer_source: base
 """
 
+SLICES = """\
+merge_method: slerp
+base_model: a
+slices:
+  - sources:
+      - {model: a, layer_range: [0, 4], parameters: {}}
+      - {model: b, layer_range: [4, 8]}
+    parameters: {t: 0.3}
+"""
+
 
 def write(folder, text):
     path = folder / "recipe.yaml"
@@ -72,6 +82,47 @@ def test_a_recipe_from_settings():
     assert recipe.settings.at("w", 0.0).method == TaskArithmeticConfig(scale=0.3)
     assert recipe.settings.at("w", 0.0).weights == (1, -1)
     assert recipe.result_dtype == "float16"
+
+
+def test_slices():
+    recipe = MergeRecipe.load(
+        {
+            "merge_method": "task_arithmetic",
+            "base_model": "base",
+            "slices": [
+                {
+                    "sources": [
+                        {"model": "base", "layer_range": [0, 2]},
+                        {"model": "a", "layer_range": [1, 3], "parameters": {"weight": 0.25}},
+                        {"model": "b", "layer_range": [0, 2]},
+                    ],
+                    "parameters": {"weight": [{"filter": "mlp", "value": [0, 1]}], "lambda": 0.5},
+                },
+                {"base_model": "c", "sources": [{"model": m, "layer_range": [7, 8]} for m in ("d", "c")]},
+            ],
+            "parameters": {"weight": 0.75, "lambda": 2},
+        }
+    )
+    first, second = recipe.sections
+    assert (first.base, first.models, first.layers) == (("base", 0), [("a", 1), ("b", 0)], 2)
+    assert (second.base, second.models, second.layers) == (("c", 7), [("d", 7)], 1)
+    assert first.settings.at("mlp.w", 0.5).weights == (0.25, 0.5)
+    assert first.settings.at("attn.w", 0.5).weights == (0.25, 0.75)
+    assert first.settings.at("w", 0).method == TaskArithmeticConfig(scale=0.5)
+    assert second.settings.at("w", 0).method == TaskArithmeticConfig(scale=2)
+    assert recipe.references == ["base", "a", "b", "d", "c"]
+
+
+def test_every_reference_is_renamed():
+    models = [{"model": "a"}, {"model": "b"}]
+    tokens = {"a": {"source": "a"}, "x": {"source": {"kind": "model_token", "model": "b", "token": "a"}}}
+    more = {"tokenizer": {"source": "a", "tokens": tokens}, "heads": "b", "chat_template": "a"}
+    recipe = MergeRecipe.load({"merge_method": "linear", "models": models} | more).renamed({"a": "a@1", "b": "b@2"})
+    assert [entry.model for entry in recipe.models] == ["a@1", "b@2"]
+    assert (recipe.tokenizer.source, recipe.heads, recipe.chat_template) == ("a@1", "b@2", "a@1")
+    assert recipe.tokenizer.tokens["a"].source == "a@1"
+    assert recipe.tokenizer.tokens["x"].source.model == "b@2"
+    assert recipe.tokenizer.tokens["x"].source.token == "a"
 
 
 def test_a_base_among_the_models_has_no_task_vector():
@@ -158,18 +209,54 @@ REFUSED = {
     "dtype": (GOOD.replace("bfloat16", "bfloat17"), "line 15, dtype: Input should be 'float32'"),
     "seed": (GOOD + "seed: -1\n", "line 17, seed"),
     "seed of truth": (GOOD + "seed: true\n", "line 17, seed"),
-    "slices": (
-        "merge_method: linear\nslices: []\nmodels: [{model: a}]\n",
-        "slices: stacking layers is not supported yet",
+    "slices and models": (
+        "merge_method: linear\nmodels: [{model: a}]\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
+        "line 2, models: give `models` or `slices`, not both",
     ),
-    "union": (GOOD.replace("tokenizer_source: base", "tokenizer_source: union"), "'union') is not supported yet"),
-    "foreign tokenizer": (GOOD.replace("source: base", "source: org/three"), "the tokenizer must be 'base' or one of"),
+    "no slices": ("merge_method: linear\nslices: []\n", "line 2, slices: List should have at least 1 item"),
+    "modules": ("merge_method: linear\nmodules: {}\nmodels: [{model: a}]\n", "line 2, modules: merging the modules"),
+    "empty range": (SLICES.replace("[0, 4]", "[4, 4]"), "line 5, slices[0].sources[0].layer_range: must be [first"),
+    "negative range": (SLICES.replace("[0, 4]", "[-1, 3]"), "but is [-1, 3]"),
+    "half a range": (SLICES.replace("[0, 4]", "[4]"), "line 5, slices[0].sources[0].layer_range"),
+    "unequal ranges": (SLICES.replace("[4, 8]", "[4, 9]"), "as many layers, 4 as the first, but [4, 9] are 5"),
+    "layers twice": (SLICES.replace("b, layer_range: [4, 8]", "a, layer_range: [0, 4]"), "are listed twice"),
+    "base not in the slice": (SLICES.replace("base_model: a", "base_model: c"), "the base, 'c', must be listed among"),
+    "too many in a slice": (
+        SLICES.replace(
+            "      - {model: b",
+            "      - {model: c, layer_range: [0, 4]}\n      - {model: d, layer_range: [0, 4]}\n      - {model: b",
+        ),
+        "merges from 1 to 2 models, but the slice has 3",
+    ),
+    "misspelt in a slice": (
+        SLICES.replace("{t: 0.3}", "{tt: 0.3}"),
+        "line 7, slices[0].parameters.tt: 'slerp' has no",
+    ),
+    "unknown in a source": (
+        SLICES.replace("{model: b,", "{model: b, x: 1,"),
+        "there is no such key, there are ['layer_",
+    ),
+    "residual_weight": (SLICES + "    residual_weight: 0.5\n", "mergekit reads this key and does nothing with it"),
+    "range outside slices": (
+        GOOD.replace("  - model: org/one", "  - layer_range: [0, 4]\n    model: org/one"),
+        "line 4, models[0].layer_range: a range of layers is given under `slices`",
+    ),
+    "foreign tokenizer": (
+        GOOD.replace("source: base", "source: org/three"),
+        "the tokenizer must be 'base', 'union' or",
+    ),
+    "heads of nobody": (GOOD + "heads: org/three\n", "line 17, heads: must be 'error', 'base' or one of"),
+    "vocab and tokenizer": (GOOD + "vocab: pad\n", "a tokenizer decides which rows"),
     "two tokenizers": (GOOD + "tokenizer: {source: base}\n", "`tokenizer` or `tokenizer_source`, not both"),
-    "tokens": (
-        GOOD.replace("tokenizer_source: base", "tokenizer: {source: base, tokens: {}}"),
-        "single tokens is not supported",
+    "token of nobody": (
+        GOOD.replace("tokenizer_source: base", "tokenizer: {tokens: {x: {source: org/three}}}"),
+        "line 16, tokenizer.tokens.x: the embedding must come from one of",
     ),
-    "named template": (GOOD + "chat_template: chatml\n", "must be Jinja text"),
+    "half a token": (
+        GOOD.replace("tokenizer_source: base", "tokenizer: {tokens: {x: {source: {kind: model_token, model: a}}}}"),
+        "`kind: model_token` needs a `model`, and a `token` or a `token_id`",
+    ),
+    "no template": (GOOD + "chat_template: chatlm\n", "must be Jinja text, 'auto', one of ['alpaca', 'chatml'"),
     "a key twice": (GOOD + "dtype: float32\n", "line 17: the key 'dtype' was given in line 15 already"),
     "a key twice in one line": (
         GOOD.replace("[0, 0.5, 1]", "{value: 1, value: 2}"),

@@ -1,0 +1,93 @@
+"""The parts of a recipe: models, slices of layers, and whose tokenizer with which tokens."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
+
+COMPANIONS = ("fisher", "activations", "state")  # the keys of a model that name what a method needs beside its weights
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ModelEntry(Strict):
+    """One of the models to merge."""
+
+    model: str = Field(min_length=1, description="A folder, or a Hub repository as `name` or `name@revision`.")
+    parameters: dict[str, Any] = Field(default={}, description="The settings of this model, such as `weight`.")
+    fisher: str | None = Field(
+        default=None, min_length=1, description="A folder or repository with the model's Fisher information."
+    )
+    activations: str | None = Field(
+        default=None, min_length=1, description="A folder or repository with the sizes of the model's activations."
+    )
+    state: str | None = Field(
+        default=None, min_length=1, description="A folder with what a step of a method has to go on from."
+    )
+
+    @property
+    def references(self) -> dict[str, str]:
+        """The keys that name folders or repositories."""
+        return {key: name for key in ("model", *COMPANIONS) if (name := getattr(self, key))}
+
+
+class SliceSource(Strict):
+    """Some layers of a model."""
+
+    model: str = Field(min_length=1, description="A folder, or a Hub repository as `name` or `name@revision`.")
+    layer_range: tuple[StrictInt, StrictInt] = Field(description="The first layer, and the one behind the last.")
+    parameters: dict[str, Any] = Field(default={}, description="The settings of this model in this slice.")
+
+    @property
+    def count(self) -> int:
+        """How many layers."""
+        return self.layer_range[1] - self.layer_range[0]
+
+
+class OutputSlice(Strict):
+    """Consecutive layers of the result, each merged from one layer of each source."""
+
+    sources: list[SliceSource] = Field(min_length=1, description="Layers of models, as many of each.")
+    base_model: str | None = Field(
+        default=None, min_length=1, description="The base of this slice, a source."
+    )
+    parameters: dict[str, Any] = Field(default={}, description="The settings in this slice.")
+
+
+class TokenOrigin(Strict):
+    """Where the embedding of a token comes from, if not from a model's token of the same name."""
+
+    kind: Literal["zero", "model_token"] = Field(description="Zeros, or the embedding of another token.")
+    model: str | None = Field(default=None, min_length=1, description="The model that has the other token.")
+    token: str | None = Field(default=None, description="The other token.")
+    token_id: StrictInt | None = Field(default=None, ge=0, description="The same by its number.")
+
+    @model_validator(mode="after")
+    def _check(self) -> "TokenOrigin":
+        named = (self.token is not None) + (self.token_id is not None)
+        if self.kind == "zero" and (named or self.model is not None):
+            raise ValueError("`kind: zero` needs nothing else")
+        if self.kind == "model_token" and (named != 1 or self.model is None):
+            raise ValueError("`kind: model_token` needs a `model`, and a `token` or a `token_id`")
+        return self
+
+
+class TokenChoice(Strict):
+    """The embedding of a token."""
+
+    source: str | TokenOrigin | None = Field(default=None, description="A model, zeros, or another token of a model.")
+    force: bool = Field(default=False, description="Also in models that have an embedding of their own.")
+
+    @property
+    def model(self) -> str | None:
+        """The model that the embedding comes from."""
+        return self.source.model if isinstance(self.source, TokenOrigin) else self.source
+
+
+class TokenizerChoice(Strict):
+    """Whose tokenizer the merged model gets, with which tokens."""
+
+    source: str = Field(default="union", min_length=1, description="`base`, `union`, or one of the models.")
+    tokens: dict[str, TokenChoice] = Field(default={}, description="Tokens, added where they are not there.")
+    pad_to_multiple_of: StrictInt | None = Field(default=None, ge=1, description="Of the number of embeddings.")
