@@ -8,12 +8,16 @@ if TYPE_CHECKING:
     from hf_modular.adapter_merging._extract import extract_adapter
     from hf_modular.adapter_merging._folders import merge_adapter_files
     from hf_modular.adapter_merging._merge import merge_adapters
+    from hf_modular.adapter_merging._new_task import add_task
     from hf_modular.adapter_merging._recipe import AdapterRecipe
     from hf_modular.adapter_merging._report import AdapterReport
+    from hf_modular.adapter_merging._rmm import RMMConfig
 
 _HOME = {
     "AdapterRecipe": "_recipe",
     "AdapterReport": "_report",
+    "RMMConfig": "_rmm",
+    "add_task": "_new_task",
     "extract_adapter": "_extract",
     "merge_adapter_files": "_folders",
     "merge_adapters": "_merge",
@@ -22,6 +26,8 @@ _HOME = {
 __all__ = [
     "AdapterRecipe",
     "AdapterReport",
+    "RMMConfig",
+    "add_task",
     "extract_adapter",
     "merge_adapter_files",
     "merge_adapters",

@@ -154,14 +154,18 @@ class FineTuned:
         return found
 
 
+def lost_note(lost: Mapping[str, float], wanted: float) -> str:
+    """What is not in the adapter, where `wanted` is the squared norm of the whole change."""
+    largest = sorted(lost, key=lambda name: -lost[name])
+    named = ", ".join(largest[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
+    return f"not in the adapter, {relative(sum(lost.values()), wanted):.3g} of the change: {named}"
+
+
 def _report(source: FineTuned, fitted: Mapping[str, Fitted]) -> AdapterReport:
     layers, _ = errors(fitted)
     lost = source.lost()
     missed = sum(layer.error for layer in fitted.values()) + sum(lost.values())
     wanted = sum(layer.norm for layer in fitted.values()) + sum(lost.values())
-    largest = sorted(lost, key=lambda name: -lost[name])
-    named = ", ".join(largest[:_SHOWN]) + (f" and {len(lost) - _SHOWN} more" if len(lost) > _SHOWN else "")
-    share = relative(sum(lost.values()), wanted)
     return AdapterReport(
         method="extract",
         adapters=[source.reference],
@@ -169,7 +173,7 @@ def _report(source: FineTuned, fitted: Mapping[str, Fitted]) -> AdapterReport:
         layers=layers,
         error=relative(missed, wanted),
         settings={"base": source.base.reference},
-        notes=[f"not in the adapter, {share:.3g} of the change: {named}"] if lost else [],
+        notes=[lost_note(lost, wanted)] if lost else [],
     )
 
 

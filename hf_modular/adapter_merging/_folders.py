@@ -5,10 +5,13 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_modular.adapter_merging._files import locate_adapter, open_adapters
+from hf_modular.adapter_merging._full import open_models
 from hf_modular.adapter_merging._merge import REMEDY, compute
 from hf_modular.adapter_merging._recipe import AdapterRecipe
 from hf_modular.adapter_merging._report import AdapterReport, warn_of
-from hf_modular.adapter_merging._result import write
+from hf_modular.adapter_merging._result import Result, write
+from hf_modular.adapter_merging._rmm import REMEDY as RMM_REMEDY
+from hf_modular.adapter_merging._rmm import RMMConfig, merge_reversibly
 from hf_modular.checkpoints import refuse_occupied
 from hf_modular.merging._method import MergeMethod
 from hf_modular.merging._report import RECIPE
@@ -30,7 +33,9 @@ def merge_adapter_files(
     Args:
         recipe (`str | Path | dict | AdapterRecipe`):
             A recipe file, or what it would hold. It has the keys of mergekit's recipes, with adapters as `models`,
-            and `space`, `rank`, `into` and `warn_above`, which mean what they mean for `merge_adapters`.
+            and `space`, `rank`, `into` and `warn_above`, which mean what they mean for `merge_adapters`. With
+            `merge_method: rmm` the `parameters` are those of `RMMConfig`, each of the `models` may have a name for
+            its `task`, and with a `base_model` and a `rank` among the parameters, models may be full fine-tunes.
         output_dir (`str | Path`):
             A folder that is absent or empty. Until all is done there is no adapter in it.
         seed (`int`, *optional*):
@@ -48,10 +53,17 @@ def merge_adapter_files(
     references = [entry.model for entry in recipe.models]
     if any(locate_adapter(reference).resolve() == Path(output_dir).resolve() for reference in references):
         raise ValueError(f"The output folder must not be one of the adapters, but is {output_dir}.")
-    sources, base = open_adapters(references, recipe.base_model)
-    facts = {"recipe": recipe.model_dump(exclude_defaults=True)}
+    made, remedy = (_reversible, RMM_REMEDY) if recipe.is_reversible else (_merged, REMEDY)
+    result = made(recipe, {"recipe": recipe.model_dump(exclude_defaults=True)})
+    write(result, output_dir, overwrite=overwrite, more=lambda folder: _save(recipe, folder))
+    warn_of(result.report, recipe.warn_above, remedy)
+    return result.report
+
+
+def _merged(recipe: AdapterRecipe, facts: Mapping[str, Any]) -> Result:
+    sources, base = open_adapters([entry.model for entry in recipe.models], recipe.base_model)
     settings = recipe.settings
-    result = compute(
+    return compute(
         sources,
         base,
         cast(MergeMethod, recipe.kind),
@@ -59,9 +71,12 @@ def merge_adapter_files(
         recipe.options,
         facts,
     )
-    write(result, output_dir, overwrite=overwrite, more=lambda folder: _save(recipe, folder))
-    warn_of(result.report, recipe.warn_above, REMEDY)
-    return result.report
+
+
+def _reversible(recipe: AdapterRecipe, facts: Mapping[str, Any]) -> Result:
+    sources, base = open_models([entry.model for entry in recipe.models], recipe.base_model)
+    config = RMMConfig(**recipe.parameters)
+    return merge_reversibly(sources, base, config, [entry.task_name for entry in recipe.models], facts)
 
 
 def _save(recipe: AdapterRecipe, folder: Path) -> None:

@@ -132,6 +132,15 @@ def squared_norm(matrix: LowRank) -> float:
     return max(float((up.t() @ up * (down @ down.t())).sum()), 0.0)
 
 
+def squared_distance(product: LowRank, matrix: Matrix) -> float:
+    """‖U D - M‖², of which nothing that is large is built."""
+    if isinstance(matrix, LowRank):
+        return squared_norm(LowRank(torch.cat([product.up, -matrix.up], 1), torch.cat([product.down, matrix.down])))
+    wide = matrix.matrix.double()
+    common = float((wide @ product.down.double().t() * product.up.double()).sum())
+    return max(float(wide.square().sum()) - 2 * common + squared_norm(product), 0.0)
+
+
 def _truncated_dense(matrix: Tensor, rank: Rank) -> Truncated:
     wide = matrix if matrix.dtype == torch.float64 else matrix.float()
     if isinstance(rank, int) and min(matrix.shape) > EXACT and rank * 4 < min(matrix.shape):

@@ -14,6 +14,8 @@ from hf_modular.adapter_merging._matrix import Rank
 from hf_modular.adapter_merging._parameters import merge_parameters
 from hf_modular.adapter_merging._report import AdapterReport, errors, warn_of
 from hf_modular.adapter_merging._result import Result, beside, dressed, in_dtype, notes_on, write
+from hf_modular.adapter_merging._rmm import REMEDY as RMM_REMEDY
+from hf_modular.adapter_merging._rmm import RMMConfig, merge_reversibly
 from hf_modular.adapter_merging._running import Settings
 from hf_modular.adapter_merging._source import Base, Source
 from hf_modular.adapter_merging._weights import WeightMerge
@@ -57,7 +59,7 @@ class Options:
 def merge_adapters(
     model: PeftModel,
     adapters: Sequence[str],
-    config: MergeMethod,
+    config: MergeMethod | RMMConfig,
     *,
     adapter_name: str = "merged",
     weights: Sequence[float] | None = None,
@@ -81,8 +83,9 @@ def merge_adapters(
             The model that holds the adapters, none of them merged into its weights.
         adapters (`Sequence[str]`):
             Their names.
-        config (`MergeMethod`):
-            The merge method and its settings.
+        config (`MergeMethod | RMMConfig`):
+            The merge method and its settings. With `RMMConfig` the result holds all adapters, as tasks of their
+            names, and needs an `output_dir`; no other setting has a meaning then.
         adapter_name (`str`, defaults to `"merged"`):
             The name of the new adapter. It is not active.
         weights (`Sequence[float]`, *optional*):
@@ -112,6 +115,9 @@ def merge_adapters(
     if not isinstance(model, PeftModel):
         raise TypeError(f"`model` must be a PeftModel, but got a {type(model).__name__}.")
     _check_names(model, adapters, None if output_dir else adapter_name)
+    if isinstance(config, RMMConfig):
+        _refuse_beside_rmm(output_dir, weights=weights, space=space, rank=rank, into=into)
+        return _reversibly(model, adapters, config, Path(str(output_dir)), warn_above)
     if space == "weights" and into is None and output_dir is None:
         into = _own_type(model.peft_config[adapters[0]], rank)
     options = Options(space, rank, into, seed, warn_above)
@@ -124,6 +130,26 @@ def merge_adapters(
     else:
         add_adapter(model, adapter_name, result.config, result.tensors)
     warn_of(result.report, warn_above, REMEDY)
+    return result.report
+
+
+def _refuse_beside_rmm(output_dir: str | Path | None, **given: Any) -> None:
+    if output_dir is None:
+        raise ValueError(
+            "A model with adapters of another type cannot hold an RMM adapter beside them: give an `output_dir`, and "
+            "load it on the base model."
+        )
+    if beside := {name: value for name, value in given.items() if value not in (None, "weights")}:
+        raise ValueError(f"RMM keeps each adapter as it is, so that {beside} mean nothing: see RMMConfig.")
+
+
+def _reversibly(
+    model: PeftModel, adapters: Sequence[str], config: RMMConfig, output_dir: Path, warn_above: float
+) -> AdapterReport:
+    sources = [LiveAdapter(model, name) for name in adapters]
+    result = merge_reversibly(sources, LiveBase(model), config, adapters, {})
+    write(result, output_dir)
+    warn_of(result.report, warn_above, RMM_REMEDY)
     return result.report
 
 

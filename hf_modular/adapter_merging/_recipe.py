@@ -1,5 +1,7 @@
 """Merges of adapters as files: the recipes of `hf_modular.merging` with what adapters need."""
 
+import re
+from collections.abc import Mapping
 from functools import cached_property
 from typing import Any, Literal
 
@@ -7,10 +9,25 @@ from peft import LoraConfig, PeftConfig
 from pydantic import Field, StrictFloat, StrictInt
 
 from hf_modular.adapter_merging._merge import WARN_ABOVE, Options
+from hf_modular.adapter_merging._rmm import RMMConfig
 from hf_modular.adapters import FLoRAConfig, HUTConfig, SSFConfig
-from hf_modular.merging._recipe import COMPANIONS, Problems, Recipe
+from hf_modular.merging._method import Alias, MergeSettings
+from hf_modular.merging._recipe import COMPANIONS, ModelEntry, Problems, Recipe
+from hf_modular.merging._yaml import Location
 
 _TYPES = {"LORA": LoraConfig, "HFM_FLORA": FLoRAConfig, "HFM_HUT": HUTConfig, "HFM_SSF": SSFConfig}
+
+
+class AdapterEntry(ModelEntry):
+    """One of the adapters to merge."""
+
+    task: str | None = Field(
+        default=None, min_length=1, description="With `rmm` the name of its task, the last part of its own by default."
+    )
+
+    @property
+    def task_name(self) -> str:
+        return self.task or re.split(r"[\\/]", self.model.rstrip("/\\"))[-1].partition("@")[0]
 
 
 class AdapterRecipe(Recipe):
@@ -20,6 +37,7 @@ class AdapterRecipe(Recipe):
     needed where the effect of an adapter depends on it.
     """
 
+    models: list[AdapterEntry] = Field(min_length=1, description="The adapters to merge, in order.")  # type: ignore[assignment]
     space: Literal["weights", "parameters"] = Field(
         default="weights", description="Whether what the adapters add to the weights is merged, or their parameters."
     )
@@ -32,6 +50,15 @@ class AdapterRecipe(Recipe):
     warn_above: float = Field(default=WARN_ABOVE, ge=0, description="The relative error from which on to warn.")
     seed: StrictInt = Field(default=0, ge=0, lt=2**64, description="For methods that draw random numbers.")
 
+    @classmethod
+    def methods(cls) -> Mapping[str, tuple[type[MergeSettings], Alias]]:
+        return {**super().methods(), RMMConfig.name: (RMMConfig, Alias())}
+
+    @property
+    def is_reversible(self) -> bool:
+        """Whether all adapters are kept."""
+        return isinstance(self.kind, RMMConfig)
+
     @cached_property
     def options(self) -> Options:
         return Options(self.space, self.rank, _config(self.into), self.seed, self.warn_above)
@@ -39,6 +66,8 @@ class AdapterRecipe(Recipe):
     def problems(self) -> Problems:
         yield from self._model_problems()
         yield from super().problems()
+        if self.is_reversible:
+            yield from self._reversible_problems()
         try:
             _ = self.options
         except (ValueError, TypeError) as error:
@@ -53,9 +82,25 @@ class AdapterRecipe(Recipe):
             for key in COMPANIONS:
                 if getattr(entry, key) is not None:
                     yield ("models", i, key), "an adapter comes with nothing beside it"
+            if entry.task is not None and not self.is_reversible:
+                yield ("models", i, "task"), f"{self.merge_method!r} keeps no tasks apart"
         low, high = self.kind.model_counts
         if not low <= len(names) <= high:
             yield ("models",), f"{self.merge_method!r} merges from {low} to {high} adapters, but got {len(names)}"
+
+    def _reversible_problems(self) -> Problems:
+        """What means nothing where adapters are kept as they are, in one result of one kind."""
+        beside = {"space": "weights", "rank": None, "into": None}
+        for key in (key for key, default in beside.items() if getattr(self, key) != default):
+            hint = ": put it under `parameters`" if key == "rank" else ""
+            yield (key,), f"{self.merge_method!r} has no {key!r} of its result{hint}"
+        places: list[tuple[Location, Mapping[str, Any]]] = [(("parameters",), self.parameters)]
+        places += [(("models", i, "parameters"), entry.parameters) for i, entry in enumerate(self.models)]
+        for place, parameters in places:
+            for key, value in parameters.items():
+                if key == "weight" or isinstance(value, (list, dict)):
+                    what = "weighs no adapters" if key == "weight" else f"has one {key!r} for all layers"
+                    yield (*place, key), f"{self.merge_method!r} {what}"
 
     def to_yaml(self) -> str:
         """The recipe as a file that `load` reads."""

@@ -53,7 +53,7 @@ class TasksModel(AdapterModel):
         layers = [layer for layer in self._layers() if name in layer.adapters]
         return {layer.site.name: (layer.site, layer.adapters[name]) for layer in layers}  # type: ignore[misc]
 
-    def add_task(
+    def store_task(
         self,
         task: str,
         factors: Mapping[str, tuple[Tensor, Tensor | None]],  # by layer, what its adapter's `extended` takes
