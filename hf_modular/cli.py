@@ -60,6 +60,27 @@ def merge(
         typer.echo(f"{report.summary()}: {output}")
 
 
+@app.command("merge-adapters")
+def merge_adapters(
+    recipe: Annotated[Path, typer.Argument(help="A recipe like those of `merge`, with adapters as its models.")],
+    output: Annotated[Path, typer.Argument(help="A folder that is absent or empty.")],
+    seed: Annotated[int | None, typer.Option(help="For random methods; the recipe's by default.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an adapter in the folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Merge adapters into a folder that PEFT loads: into one, or with `merge_method: rmm` each to be had back."""
+    from hf_modular.adapter_merging import merge_adapter_files
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the report says how near the result is
+        report = merge_adapter_files(recipe, output, seed=seed, overwrite=overwrite)
+    if as_json:
+        typer.echo(report.to_json())
+    elif not quiet:
+        typer.echo(f"{report.summary()}: {output}")
+
+
 @app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="An adapter or a model checkpoint.")],

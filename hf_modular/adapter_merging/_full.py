@@ -45,6 +45,7 @@ class FullFineTune(FineTuned):
             raise ValueError(f"{fine_tuned} has the linear layers of {base}: there is nothing to reduce.")
         mapping = {"base_model_class": kind.__name__, "parent_library": kind.__module__}
         config = LoraConfig(target_modules=layers, base_model_name_or_path=base, auto_mapping=mapping)
+        config.fan_in_fan_out = any(isinstance(tuned.model.get_submodule(layer), Conv1D) for layer in layers)
         return cls(fine_tuned, start, tuned, config)
 
     @cached_property

@@ -54,11 +54,14 @@ class AdapterReport:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     def summary(self) -> str:
-        """What was done, in a line, and a line for each note and each task."""
-        notes = "".join(f"note: {note}\n" for note in self.notes)
-        tasks = "".join(f"\n  {task}: relative error {error:.3g}" for task, error in self.tasks.items())
-        done = f"{len(self.adapters)} by {self.method} into {self.peft_type}, {len(self.layers)} layers"
-        return f"{notes}Merged {done}, relative error {self.error:.3g}{tasks}"
+        """What was done, in a line, after a line for each note and each task."""
+        notes = [f"note: {note}" for note in self.notes]
+        tasks = [f"{task}: relative error {error:.3g}" for task, error in self.tasks.items()]
+        done = f"Merged {len(self.adapters)} adapters by {self.method} into {self.peft_type}"
+        storage = f", {self.settings['storage']:.3g} of their numbers" if "storage" in self.settings else ""
+        return "\n".join(
+            [*notes, *tasks, f"{done}, {len(self.layers)} layers{storage}, relative error {self.error:.3g}"]
+        )
 
     @classmethod
     def load(cls, folder: str | Path) -> "AdapterReport":
