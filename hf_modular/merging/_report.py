@@ -62,7 +62,8 @@ class MergeReport:
         """What was done, in a line, and a line for each note."""
         sizes = f"{self.tensors} tensors, {self.parameters:,} parameters, {self.bytes_written / 1e6:,.1f} MB"
         notes = "".join(f"note: {note}\n" for note in self.notes)
-        models = len(self.recipe["models"])
+        sliced = {source["model"] for part in self.recipe.get("slices", ()) for source in part["sources"]}
+        models = len(self.recipe.get("models", sliced))
         return f"{notes}Merged {models} models by {self.merge_method} in {self.seconds:.1f} s ({sizes})"
 
     @classmethod

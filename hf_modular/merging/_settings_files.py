@@ -17,16 +17,19 @@ def copy_settings(
     for path in (*files(model, MODEL_FILES), *files(tokenizer, PROCESSING_FILES)):
         shutil.copyfile(path, target / path.name)
     if changes and (target / CONFIG).is_file():
-        _write_object(target / CONFIG, read_object(target / CONFIG) | changes)
+        config = read_object(target / CONFIG) | changes
+        _write_object(target / CONFIG, {key: value for key, value in config.items() if key not in _left_out(changes)})
     if chat_template is not None:
         (target / CHAT_TEMPLATE).write_text(chat_template, "utf-8")
 
 
-def config_changes(config: dict[str, Any], dtype: str | None, *, untied: bool) -> dict[str, Any]:
-    """What the config of the reference model must say differently of the result."""
-    key = "torch_dtype" if "torch_dtype" in config else "dtype"
-    changes: dict[str, Any] = {key: dtype} if dtype else {}
-    return changes | ({"tie_word_embeddings": False} if untied else {})
+def _left_out(changes: dict[str, Any]) -> set[str]:
+    return {key for key, value in changes.items() if value is None}
+
+
+def config_changes(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """What the config of the reference model must say of the result's dtype."""
+    return {"torch_dtype" if "torch_dtype" in config else "dtype": dtype} if dtype else {}
 
 
 def _write_object(path: Path, content: dict[str, Any]) -> None:

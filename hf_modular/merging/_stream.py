@@ -6,7 +6,7 @@ Everything that can be wrong is looked for in headers and settings before a weig
 import json
 import time
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -18,16 +18,16 @@ from typing import Any
 import torch
 
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
+from hf_modular.merging._assembly import Assembly, Part, assemble
 from hf_modular.merging._companions import Companion, companion_problems, is_root, without
 from hf_modular.merging._engine import Engine
 from hf_modular.merging._method import MergeMethod, Parts
-from hf_modular.merging._names import Names, agree
 from hf_modular.merging._one_by_one import one_by_one
 from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
 from hf_modular.merging._processes import Processes, processes
 from hf_modular.merging._recipe import MergeRecipe
 from hf_modular.merging._report import RECIPE, MergeReport, describe, peak_memory, versions
-from hf_modular.merging._settings import depths
+from hf_modular.merging._settings import Resolved
 from hf_modular.merging._settings_files import config_changes, copy_settings
 from hf_modular.merging._sources import Source, open_source
 from hf_modular.merging._workers import Workers
@@ -125,54 +125,67 @@ class _Job:
 
     @cached_property
     def models(self) -> list[Source]:
-        return [self.sources[entry.model] for entry in self.recipe.task_models]
+        """The base, if there is one, and all models that are merged."""
+        columns = (column for section in self.recipe.sections for column in (section.base, *section.models))
+        return [self.sources[name] for name in dict.fromkeys(column.model for column in columns if column)]
 
     @cached_property
     def method(self) -> MergeMethod:
         """The method with the recipe's settings, those of the first tensor if they vary."""
-        return next((resolved.method for resolved in self.engine.settings.values()), self.recipe.method)
+        return next((resolved.method for resolved in self.settings.values()), self.recipe.method)
 
     @cached_property
-    def names(self) -> Names:
-        return agree(self.reference, self.models)
-
-    @cached_property
-    def inputs(self) -> dict[str, TensorInfo]:
-        """The tensors of the reference model."""
-        names = self.names.names  # before the tensors: it decides what they are
-        tensors = self.reference.tensors
-        return {name: tensors[name] for name in names}
+    def assembly(self) -> Assembly:
+        return assemble(self.recipe, self.sources)
 
     @cached_property
     def plan(self) -> dict[str, TensorInfo]:
         """The tensors of the result."""
-        dtype = getattr(torch, self.recipe.result_dtype) if self.recipe.result_dtype else None
-        return {
-            name: TensorInfo(dtype or tensor.dtype, tensor.shape) if tensor.dtype.is_floating_point else tensor
-            for name, tensor in self.inputs.items()
-        }
+        return self.assembly.plan
 
     @cached_property
-    def engine(self) -> Engine:
-        method = self.recipe.method
-        uses_base = method.base_model != "unused" and self.recipe.base_model is not None
-        return Engine(
-            plan=self.plan,
-            settings={name: self.recipe.settings.at(name, depth) for name, depth in depths(self.plan).items()},
-            method=method,
-            base=self.reference if uses_base else None,
-            models=self.models,
-            carrier=self.reference,
-            seed=self.recipe.seed,
-            device=self.device,
-            companions={
-                kind: [
-                    Companion(self.sources[name], self.plan, is_root(kind, self.sources[name].folder))
-                    for name in names
-                ]
-                for kind, names in self.recipe.companions.items()
-            },
-        )
+    def settings(self) -> dict[str, Resolved]:
+        return {name: resolved for part in self.assembly.parts for name, resolved in part.settings.items()}
+
+    @cached_property
+    def engines(self) -> list[Engine]:
+        """One for each part of the result."""
+        return [
+            Engine(
+                plan=part.plan,
+                settings=part.settings,
+                method=part.method,
+                base=part.base,
+                models=part.models,
+                carrier=part.carrier,
+                seed=self.recipe.seed,
+                device=self.device,
+                companions=self.companions(part),
+            )
+            for part in self.assembly.parts
+        ]
+
+    def companions(self, part: Part) -> dict[str, list[Companion]]:
+        """What there is beside the weights of a part's models."""
+        if part.copied:
+            return {}
+        return {
+            kind: [
+                Companion(self.sources[name], part.plan, is_root(kind, self.sources[name].folder)) for name in names
+            ]
+            for kind, names in self.recipe.companions.items()
+        }
+
+    @property
+    def notes(self) -> list[str]:
+        """What was decided and may surprise."""
+        engines = self.engines
+        return [
+            *self.assembly.notes,
+            *dict.fromkeys(note for engine in engines for note in engine.notes),
+            *(note for engine in engines for note in without(engine.plan, engine.companions)),
+            *_code_notes(self.reference),
+        ]
 
     @cached_property
     def identity(self) -> str:
@@ -186,17 +199,24 @@ class _Job:
         state = 2 * 4 * sum(tensor.numel for tensor in self.plan.values()) if self.method.one_by_one else 0
         yield from _space_problems(output, state + sum(tensor.nbytes for tensor in self.plan.values()))
         yield from _device_problems(self.device)
-        yield from _config_problems([self.reference, *self.models])
-        yield from disagreements(self.inputs, {model.reference: model.tensors for model in self.models})
+        yield from _config_problems({source.reference: source for source in (self.reference, *self.models)}.values())
+        yield from self.assembly.problems
+        for part in self.assembly.parts:
+            yield from disagreements(part.reference, {model.reference: model.tensors for model in part.models})
         for source in self.sources.values():
             yield from unmergeable(source.tensors, source.reference)
         if self.recipe.state and not self.method.one_by_one:
             yield f"{self.recipe.merge_method!r} takes all models at once and keeps no state: remove the key `state`"
-        if self.recipe.settings.vary and _surveys_model(self.recipe.method):
+        yield from self.setting_problems()
+
+    def setting_problems(self) -> Iterator[str]:
+        sections = self.recipe.sections
+        if _surveys_model(self.recipe.method) and (len(sections) > 1 or sections[0].settings.vary):
             yield f"{self.recipe.merge_method!r} looks at the whole model: its settings must be alike for all tensors"
-        else:
-            yield from setting_problems(self.engine.settings, len(self.models), self.engine.base is not None)
-            yield from companion_problems(self.method, self.plan, len(self.models), self.engine.companions)
+            return
+        for engine in self.engines:
+            yield from setting_problems(engine.settings, len(engine.models), engine.base is not None)
+            yield from companion_problems(engine.method, engine.plan, len(engine.models), engine.companions)
 
     def run_parts(
         self,
@@ -233,9 +253,10 @@ class _Job:
         mine = ranks.share(left)
         total, quiet = sum(left[name] for name in mine), not (progress and ranks.first)
         with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=quiet or None) as bar:
-            self.engine.run(writer, pool, bar.update, only=mine)
+            for engine in self.engines:
+                engine.run(writer, pool, bar.update, only=mine)
         writer.sync()
-        return [*self.engine.notes]
+        return [note for engine in self.engines for note in engine.notes]
 
     def finish(
         self,
@@ -250,7 +271,7 @@ class _Job:
         """Add to the weights what belongs beside them and make all visible; the first process does it."""
         if not ranks.first:
             return
-        self.engine.notes.update(dict.fromkeys(note for noted in notes for note in noted))
+        self.engines[0].notes.update(dict.fromkeys(note for noted in notes for note in noted))
         self.add_settings(writer.staging)
         self.report(writer.files, pool, hashes=hashes, started=started).save(writer.staging)
         writer.commit()
@@ -258,7 +279,7 @@ class _Job:
     def add_settings(self, folder: Path) -> None:
         """Write what the model needs beside its weights, and the recipe with the commits that were read."""
         recipe = self.recipe
-        changes = config_changes(self.reference.config, recipe.result_dtype, untied=self.names.untied)
+        changes = config_changes(self.reference.config, recipe.result_dtype) | self.assembly.config
         tokenizer = self.sources[recipe.tokenizer_model].folder
         copy_settings(self.reference.folder, tokenizer, folder, changes, recipe.chat_template)
         (folder / RECIPE).write_text(self.pinned.to_yaml(), "utf-8")
@@ -288,13 +309,8 @@ class _Job:
             peak_memory=peak_memory(),
             workers=pool.count,
             device=str(self.device),
-            notes=[
-                *self.names.notes,
-                *self.engine.notes,
-                *without(self.plan, self.engine.companions),
-                *_code_notes(self.reference),
-            ],
-            facts=self.engine.facts,
+            notes=self.notes,
+            facts={key: fact for engine in self.engines for key, fact in engine.facts.items()},
         )
 
 
@@ -302,8 +318,7 @@ def _opened(recipe: MergeRecipe, stack: ExitStack) -> dict[str, Source]:
     """All models of the recipe; what is wrong with any of them is reported together."""
     sources: dict[str, Source] = {}
     problems: list[Exception] = []
-    named = (name for entry in recipe.models for name in entry.references.values())
-    for reference in dict.fromkeys([recipe.reference_model, *named]):
+    for reference in recipe.references:
         try:
             sources[reference] = open_source(reference)
             stack.callback(sources[reference].weights.close)
@@ -353,7 +368,7 @@ def _device_problems(device: torch.device) -> Iterator[str]:
         yield f"device {str(device)!r} was asked for, but torch finds no CUDA device here"
 
 
-def _config_problems(sources: Sequence[Source]) -> Iterator[str]:
+def _config_problems(sources: Collection[Source]) -> Iterator[str]:
     kinds = {source.reference: source.config.get("model_type") for source in sources if source.config}
     if len(set(kinds.values())) > 1:
         yield f"all models must be of one architecture, but their `model_type` are {kinds}"
