@@ -45,7 +45,21 @@ def serves(output: str) -> None:
     assert all(difference < 1e-5 for line in lines for difference in numbers(line))
 
 
-CHECKS = {"train_hut_adapter.py": learns, "merge_two_models.py": merges, "serve_mixed_batch.py": serves}
+def holds_tasks(output: str) -> None:
+    lines = output.splitlines()
+    assert all(0 < error < 0.6 for line in lines[:3] for error in numbers(line))
+    losses = [numbers(line) for line in lines[4:7]]  # of each task on each text
+    assert all(min(range(3), key=lambda text: losses[task][text]) == task for task in range(3))
+    assert "torch.Size([3, 20, 256])" in lines[7]
+    assert lines[8] == "back as LoRA: adapter_config.json adapter_model.safetensors"
+
+
+CHECKS = {
+    "train_hut_adapter.py": learns,
+    "merge_two_models.py": merges,
+    "serve_mixed_batch.py": serves,
+    "one_adapter_many_tasks.py": holds_tasks,
+}
 
 
 def test_every_example_is_checked() -> None:
