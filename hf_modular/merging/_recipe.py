@@ -17,8 +17,8 @@ from pydantic import BaseModel, Field, StrictInt, ValidationError, model_validat
 
 from hf_modular.merging._chat_templates import NAMED, is_template
 from hf_modular.merging._entries import (
-    COMPANIONS as COMPANIONS,
-    ModelEntry as ModelEntry,
+    COMPANIONS,
+    ModelEntry,
     OutputSlice,
     SliceSource,
     Strict,
