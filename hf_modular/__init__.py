@@ -48,6 +48,7 @@ if TYPE_CHECKING:
         merge_state_dicts,
     )
     from hf_modular.optim import AdamR
+    from hf_modular.searching import search
 
 _HOME = {
     "AdamR": "optim",
@@ -87,6 +88,7 @@ _HOME = {
     "merge_adapters": "adapter_merging",
     "merge_state_dicts": "merging",
     "push_to_hub": "hub",
+    "search": "searching",
     "to_lora": "adapters",
 }
 
@@ -129,6 +131,7 @@ __all__ = [
     "merge_adapters",
     "merge_state_dicts",
     "push_to_hub",
+    "search",
     "to_lora",
 ]
 

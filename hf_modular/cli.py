@@ -183,6 +183,45 @@ def fisher(
 
 
 @app.command()
+def search(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, in mergekit's YAML format.")],
+    output: Annotated[Path, typer.Argument(help="A folder for the best recipe and the trials.")],
+    vary: Annotated[list[str], typer.Option(help="What, such as weight=0:2, models.0.density=0.1:1 or t=0,1.")],
+    dataset: Annotated[str | None, typer.Option(help="A data file, a saved data set, or a name of the Hub.")] = None,
+    split: Annotated[str, typer.Option(help="Which part of it; not the test data.")] = "validation",
+    text: Annotated[list[str], typer.Option(help="The column of the text; twice for a pair of texts.")] = ["text"],  # noqa: B006
+    label: Annotated[str, typer.Option(help="The column of the labels.")] = "label",
+    max_length: Annotated[int, typer.Option(help="Tokens of a text.", min=1)] = 128,
+    examples: Annotated[int, typer.Option(help="How many, drawn by the seed.", min=1)] = 1024,
+    metric: Annotated[str, typer.Option(help="accuracy, loss, or what evaluate.load takes, whose code it runs.")] = (
+        "accuracy"
+    ),
+    command: Annotated[str | None, typer.Option(help="Instead: a program with {model}, printing the score.")] = None,
+    minimize: Annotated[bool, typer.Option("--minimize", help="Smaller scores are better.")] = False,
+    budget: Annotated[int, typer.Option(help="How many models are merged and evaluated.", min=1)] = 50,
+    seed: Annotated[int, typer.Option(help="Of the search and the choice of examples.")] = 0,
+    device: Annotated[str, typer.Option(help="Where models are merged: cpu, cuda, ...")] = "cpu",
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
+) -> None:
+    """Find the coefficients or settings with which a merge is best; goes on where it was stopped."""
+    from hf_modular.searching import Command, Validation
+    from hf_modular.searching import search as run
+    from hf_modular.searching._space import parsed
+    from hf_modular.searching._validation import load_metric, load_rows
+
+    if (dataset is None) == (command is None):
+        raise ValueError("a search needs --dataset or --command, and not both")
+    evaluate: Any = Command(command) if command is not None else None
+    if dataset is not None:
+        rows = load_rows(recipe, dataset, split, text, label=label, max_length=max_length, examples=examples, seed=seed)
+        evaluate = Validation(rows, load_metric(metric))
+    options: Any = {"budget": budget, "seed": seed, "maximize": not minimize, "device": device, "progress": not quiet}
+    report = run(recipe, evaluate, output, space=parsed(vary), **options)
+    if not quiet:
+        typer.echo(f"{report.summary()}: {output / 'best_recipe.yaml'}")
+
+
+@app.command()
 def demo(
     output: Annotated[Path, typer.Option(help="A folder that is absent, empty or of an earlier demo.")] = Path(
         "demo-output"

@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "merging": {"_lazy", "_version", "checkpoints"},
     "fisher": {"checkpoints", "merging"},
     "optim": set(),
+    "searching": {"merging", "fisher"},
 }
 METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}
 
