@@ -21,6 +21,7 @@ bench: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapters.py
 	test -d $(BENCH_MODELS) || $(BIN)/python benchmarks/make_models.py $(BENCH_MODELS)
 	$(BIN)/python benchmarks/merge.py $(BENCH_MODELS)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapter_merging.py
 
 # PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
 conformance: .venv/.ready

@@ -40,8 +40,10 @@ def decomposed(factors: Sequence[Tensor], p: int, granularity: Granularity) -> l
 
 
 def restored(mean: Tensor, basis: Tensor, coefficients: Tensor) -> Tensor:  # (r, positions)
-    """μ + U c for the coefficients (p, positions) or (p, 1) of one adapter."""
-    return mean + (basis * coefficients.unsqueeze(1)).sum(0)
+    """μ + U c for the coefficients (p, positions) or (p, 1) of one adapter, with nothing of the basis's size built."""
+    for direction, number in zip(basis, coefficients, strict=True):
+        mean = torch.addcmul(mean, direction, number)
+    return mean
 
 
 def projected(

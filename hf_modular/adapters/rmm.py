@@ -151,6 +151,9 @@ class RMM(LowRank):
         B = self.B.at(self.task, self.coefficients).t()
         return Factors(B, None, A) if A.ndim == 2 else Factors(B, A, None)
 
+    def scaled(self) -> Factors:
+        return self.factors()  # the scaling of each adapter is in its B
+
     @property
     def rank(self) -> int:
         return len(self.A.mean)
