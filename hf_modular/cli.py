@@ -213,7 +213,9 @@ def search(
         raise ValueError("a search needs --dataset or --command, and not both")
     evaluate: Any = Command(command) if command is not None else None
     if dataset is not None:
-        rows = load_rows(recipe, dataset, split, text, label=label, max_length=max_length, examples=examples, seed=seed)
+        rows = load_rows(
+            recipe, dataset, split, text, label=label, max_length=max_length, examples=examples, seed=seed
+        )
         evaluate = Validation(rows, load_metric(metric))
     options: Any = {"budget": budget, "seed": seed, "maximize": not minimize, "device": device, "progress": not quiet}
     report = run(recipe, evaluate, output, space=parsed(vary), **options)
