@@ -21,7 +21,6 @@ Ours beside the form: the start (exactly the identity), the dropout, and no shif
 """
 
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -33,6 +32,7 @@ from hf_modular.adapters._method import (
     AdapterConfig,
     Site,
     pattern_value,
+    plus,
     require_between,
     require_choice,
     require_matrix,
@@ -105,17 +105,15 @@ class HUT(Adapter):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
     def transform(self, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        form, A, B, scale = self._factors()
-        return weight * _over_kernel(form.mask(A, B, scale, weight), weight), self._shifted(bias)
+        form, *factors = self._factors()
+        return weight * _over_kernel(form.mask(*factors), weight), self._shifted(bias)
 
     def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        form, A, B, scale = self._factors()
+        form, *factors = self._factors()
         bias = self._shifted(bias)
-        if form is not _RowColumn:
-            return _MaskedLinear.apply(x, weight, A, B, scale, bias, form)
-        y = F.linear(x * A.prod(0).to(x.dtype), weight)  # the weight itself needs no rewriting
-        y = y * B.prod(1).mul(scale).to(y.dtype)
-        return y if bias is None else y + bias.to(y.dtype)
+        if form is _RowColumn:
+            return _ScaledLinear.apply(x, weight, *factors, bias)[0]
+        return _MaskedLinear.apply(x, weight, *factors, bias, form)
 
     def _factors(self) -> tuple[type["_Form"], Tensor, Tensor, Tensor]:
         """The form, A and B (with dropout in training), and the scale."""
@@ -135,63 +133,76 @@ class HUT(Adapter):
 
 
 class _Form:
-    """How A, B and the scale make the mask, and what A, B and the scale get of its gradient G (out, in)."""
+    """How A, B and the scale make the mask, as a matrix product L R for each tile of rows.
+
+    So everything is small matrix products, which read and write the large matrices only once.
+    """
 
     identity = 1.0  # the entries of B that change nothing
 
     @staticmethod
-    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:  # (out, in)
+    def products(A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:  # (tiles, rows, k), (tiles, k, in)
+        """L and R."""
         raise NotImplementedError
 
     @staticmethod
-    def gradients(G: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def gradients(
+        dL: Tensor, dR: Tensor, A: Tensor, B: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:  # as A, B, scale
+        """What A, B and the scale get of the gradients of L and R."""
         raise NotImplementedError
+
+    @classmethod
+    def mask(cls, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:  # (out, in)
+        return _joined(torch.bmm(*cls.products(A, B, scale)), len(B))
 
 
 class _Tile(_Form):
     """scale[o] · A[⌊o·a/out⌋, i] · B[o, ⌊i·b/in⌋], with a tiles along out and b along in.
 
-    The rows of one tile have the low-rank mask B (A[tile] ⊙ inside), where inside[t, i] says whether entry i is
-    in tile t: everything is small matrix products, which read and write the large matrices only once.
+    The rows of tile t have the mask B Rₜ, where row u of Rₜ (b, in) holds the entries of A[t] in tile u, and zeros.
     """
 
     @staticmethod
-    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-        inside, scaled = _inside(weight.shape[1], B), B * scale.unsqueeze(1)
-        return torch.cat([scaled[rows] @ (A[tile] * inside) for tile, rows in enumerate(_rows(A, B))])
+    def products(A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        parts = _split(A, B.shape[1], 1)  # (a, b, entries)
+        R = torch.diag_embed(parts.mT, dim1=1, dim2=2)  # (a, b, b, entries)
+        return _split(B * scale.unsqueeze(1), len(A)), _joined(R, A.shape[1], 2)
 
     @staticmethod
-    def gradients(G: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        inside, scaled = _inside(G.shape[1], B), B * scale.unsqueeze(1)
-        dA, dscaled = torch.empty_like(A), torch.empty_like(B)
-        for tile, rows in enumerate(_rows(A, B)):
-            dscaled[rows] = G[rows] @ (A[tile] * inside).T
-            dA[tile] = ((scaled[rows].T @ G[rows]) * inside).sum(0)
-        return dA, dscaled * scale.unsqueeze(1), (dscaled * B).sum(1)
+    def gradients(dL: Tensor, dR: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        parts = _split(dR, B.shape[1], 2).diagonal(dim1=1, dim2=2).mT  # (a, b, entries)
+        dscaled = _joined(dL, len(B))
+        return _joined(parts, A.shape[1], 1), dscaled * scale.unsqueeze(1), (dscaled * B).sum(1)
 
 
 class _LowRank(_Form):
-    """scale · (1 + B A)."""
+    """scale · (1 + B A): one tile, in which the 1 is one more column of B and row of A."""
 
     identity = 0.0
 
     @staticmethod
-    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-        return torch.addmm(scale.unsqueeze(1), B * scale.unsqueeze(1), A)
+    def products(A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        scaled = scale.unsqueeze(1)
+        return torch.cat([B * scaled, scaled], 1).unsqueeze(0), torch.cat([A, torch.ones_like(A[:1])]).unsqueeze(0)
 
     @staticmethod
-    def gradients(G: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        dscaled = G @ A.T
-        dA = (B * scale.unsqueeze(1)).T @ G
-        return dA, dscaled * scale.unsqueeze(1), G.sum(1) + (dscaled * B).sum(1)
+    def gradients(dL: Tensor, dR: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        dscaled, done = dL[0, :, :-1], dL[0, :, -1]
+        return dR[0, :-1], dscaled * scale.unsqueeze(1), done + (dscaled * B).sum(1)
 
 
 class _RowColumn(_Form):
     """scale · (Π_k B[:, k]) (Π_k A[k, :])."""
 
     @staticmethod
-    def mask(A: Tensor, B: Tensor, scale: Tensor, weight: Tensor) -> Tensor:
-        return B.prod(1).mul(scale).unsqueeze(1) * A.prod(0)
+    def products(A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        return B.prod(1).mul(scale).reshape(1, -1, 1), A.prod(0).reshape(1, 1, -1)
+
+    @staticmethod
+    def gradients(dL: Tensor, dR: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        drows, others = dL.reshape(-1, 1), _others(B.T).T
+        return dR.reshape(1, -1) * _others(A), drows * scale.unsqueeze(1) * others, (drows * B.prod(1, True)).flatten()
 
 
 _FORMS: dict[str, type[_Form]] = {"tile": _Tile, "low_rank": _LowRank, "row_column": _RowColumn}
@@ -212,7 +223,7 @@ class _MaskedLinear(torch.autograd.Function):
         bias: Tensor | None,  # (out,)
         form: type[_Form],
     ) -> Tensor:  # (*, out)
-        rewritten = form.mask(A, B, scale, weight).mul_(weight).to(weight.dtype)
+        rewritten = form.mask(A, B, scale).mul_(weight).to(weight.dtype)
         return F.linear(x, rewritten, None if bias is None else bias.to(weight.dtype))
 
     @staticmethod
@@ -224,31 +235,91 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, scale = ctx.saved_tensors
         g = gradients[0].reshape(-1, len(weight))  # (n, out)
+        L, R = ctx.form.products(A, B, scale)
         dx = dA = dB = dscale = dbias = None
         if ctx.needs_input_grad[0]:
-            rewritten = ctx.form.mask(A, B, scale, weight).mul_(weight)
+            rewritten = _joined(torch.bmm(L, R), len(weight)).mul_(weight)
             dx = (g @ rewritten.to(g.dtype)).to(x.dtype).reshape(x.shape)
         if any(ctx.needs_input_grad[2:5]):
             G = g.T @ x.reshape(len(g), -1).to(g.dtype)  # of the rewritten weight
-            dA, dB, dscale = ctx.form.gradients(G.to(A.dtype).mul_(weight), A, B, scale)
+            G = _split(G.to(A.dtype).mul_(weight), len(L))
+            dA, dB, dscale = ctx.form.gradients(torch.bmm(G, R.mT), torch.bmm(L.mT, G), A, B, scale)
         if ctx.needs_input_grad[5]:
             dbias = g.sum(0).to(scale.dtype)
         return dx, None, dA, dB, dscale, dbias, None
 
 
-def _tiles(size: int, count: int, device: torch.device) -> Tensor:  # (size,): the tile of each entry
-    return torch.arange(size, device=device) * count // size
+class _ScaledLinear(torch.autograd.Function):
+    """rows ⊙ ((x ⊙ columns) Wᵀ) + bias, for the mask rows columnsᵀ: the weight itself needs no rewriting.
+
+    Gives the product before it is scaled too, which backward needs.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,  # (*, in)
+        weight: Tensor,  # (out, in), frozen
+        A: Tensor,
+        B: Tensor,
+        scale: Tensor,  # (out,)
+        bias: Tensor | None,  # (out,)
+    ) -> tuple[Tensor, Tensor]:  # (*, out), twice
+        rows, columns = (factor.flatten() for factor in _RowColumn.products(A, B, scale))
+        product = F.linear(x * columns.to(x.dtype), weight)
+        y = product * rows.to(product.dtype)
+        return y if bias is None else plus(y, bias.to(y.dtype)), product
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, weight, A, B, scale, _ = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(x, weight, A, B, scale, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, A, B, scale, product = ctx.saved_tensors
+        g = gradients[0].reshape(-1, len(weight))  # (n, out)
+        rows, columns = (factor.flatten() for factor in _RowColumn.products(A, B, scale))
+        dx = (g * rows.to(g.dtype)) @ weight.to(g.dtype)  # of x ⊙ columns
+        dcolumns = (dx * x.reshape(dx.shape)).sum(0, dtype=A.dtype)
+        drows = (g * product.reshape(g.shape)).sum(0, dtype=A.dtype)
+        factors = _RowColumn.gradients(drows, dcolumns, A, B, scale)
+        dbias = g.sum(0).to(scale.dtype) if ctx.needs_input_grad[5] else None
+        return dx.mul_(columns).to(x.dtype).reshape(x.shape), None, *factors, dbias
 
 
-def _inside(size: int, B: Tensor) -> Tensor:  # (tiles, size)
-    count = B.shape[1]
-    return (torch.arange(count, device=B.device).unsqueeze(1) == _tiles(size, count, B.device)).to(B.dtype)
+def _others(factors: Tensor) -> Tensor:  # (r, n)
+    """The product of all rows but each one: of the r - 1 that follow it, counted in a circle."""
+    r = len(factors)
+    return torch.cat([factors[1:], factors])[: 2 * r - 2].unfold(0, r - 1, 1).prod(-1)
 
 
-def _rows(A: Tensor, B: Tensor) -> list[slice]:
-    """The rows of each tile along out."""
-    bounds = [-(-tile * len(B) // len(A)) for tile in range(len(A) + 1)]
-    return [slice(low, high) for low, high in pairwise(bounds)]
+def _split(tensor: Tensor, tiles: int, axis: int = 0) -> Tensor:  # (*, size, *) -> (*, tiles, entries, *)
+    """The tiles along an axis, with zeros behind those that are shorter than the longest."""
+    size = tensor.shape[axis]
+    if size % tiles:
+        place, longest = _places(size, tiles, tensor.device)
+        padded = [*tensor.shape[:axis], tiles * longest, *tensor.shape[axis + 1 :]]
+        tensor = tensor.new_zeros(padded).index_copy(axis, place, tensor)
+    return tensor.unflatten(axis, (tiles, -1))
+
+
+def _joined(parts: Tensor, size: int, axis: int = 0) -> Tensor:  # (*, tiles, entries, *) -> (*, size, *)
+    """The inverse of `_split`."""
+    padded = parts.flatten(axis, axis + 1)
+    if padded.shape[axis] == size:
+        return padded
+    return padded.index_select(axis, _places(size, parts.shape[axis], parts.device)[0])
+
+
+def _places(size: int, tiles: int, device: torch.device) -> tuple[Tensor, int]:  # (size,)
+    """Where each entry lies if all tiles are as long as the longest, and how long that is."""
+    entry, longest = torch.arange(size, device=device), -(-size // tiles)
+    tile = entry * tiles // size
+    first = (tile * size + tiles - 1) // tiles
+    return tile * longest + entry - first, longest
 
 
 def _over_kernel(mask: Tensor, weight: Tensor) -> Tensor:  # (out, in) -> (out, in, 1, ...)

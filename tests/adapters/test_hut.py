@@ -109,12 +109,15 @@ def test_the_ranks_of_the_masks(r: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("r", "shape"), [(3, (7, 5)), (1, (7, 5)), (2, (4, 6))])
 @pytest.mark.parametrize(("bias", "scale_shift"), [(True, True), (False, True), (True, False)])
-def test_gradients_of_the_matrix_products(form: str, bias: bool, scale_shift: bool) -> None:
-    """The hand-written backward, against finite differences; sides that r does not divide."""
-    made = adapter(HUTConfig(r=3, form=form, scale_shift=scale_shift), 7, 5, bias=bias)
-    weight, before = weights(7, 5)
-    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+def test_gradients_of_the_matrix_products(
+    form: str, r: int, shape: tuple[int, int], bias: bool, scale_shift: bool
+) -> None:
+    """The hand-written backward, against finite differences; sides that r divides, and does not."""
+    made = adapter(HUTConfig(r=r, form=form, scale_shift=scale_shift), *shape, bias=bias)
+    weight, before = weights(*shape)
+    x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*made.named_parameters(), strict=True)
 
     def run(x: Tensor, *parameters: Tensor) -> Tensor:
