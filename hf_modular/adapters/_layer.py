@@ -6,7 +6,7 @@ same tensors there for good. Forward and merge therefore cannot disagree.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,27 +32,39 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.quantization_backend = backend
-        self.layout = layout_of_base(base_layer, name, backend)
-        self.site = Site(
-            name,
-            self._weight_shape(),
-            getattr(base_layer, "bias", None) is not None,
-            self.layout.kind,
-            backend is not None or is_plain(base_layer),
-            getattr(base_layer, "groups", 1),
-        )
-        self.out_features, self.in_features = self.site.weight_shape[0], self._in_features()
+        self._describe(name)
         self.adapter_layer_names = (slot,)
         self.merged_adapters: list[str] = []
         self._disable_adapters = False
         self._originals: Taken | None = None  # the base layer and its own parameters, while merged
         self.add_module(slot, nn.ModuleDict())
 
+    def _describe(self, name: str) -> None:
+        base, backend = self.base_layer, self.quantization_backend
+        self.layout = layout_of_base(base, name, backend)
+        self.site = Site(
+            name,
+            self._weight_shape(),
+            getattr(base, "bias", None) is not None,
+            self.layout.kind,
+            backend is not None or is_plain(base),
+            getattr(base, "groups", 1),
+        )
+        self.out_features, self.in_features = self.site.weight_shape[0], self._in_features()
+
     # -- adapters --------------------------------------------------------------------------------------------
 
     @property
     def adapters(self) -> nn.ModuleDict:
         return getattr(self, self.adapter_layer_names[0])
+
+    def sites(self, parameters: list[str]) -> list[Site]:
+        """What a method makes an adapter for; `parameters` are those of a layer that is adapted inside."""
+        return [self.site]
+
+    def made(self, make: Callable[[Site], Adapter], parameters: list[str]) -> Adapter:
+        """The adapter of all its sites."""
+        return make(self.site)
 
     def add_adapter(self, adapter_name: str, adapter: Adapter) -> None:
         self.adapters[adapter_name] = adapter
@@ -154,18 +166,21 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
 
     def _check_present(self, x: Tensor) -> None:
         """Offloading and ZeRO-3 bring a weight when its layer is called, and here it is read before."""
-        weight = self.base_layer._parameters.get("weight")
-        if weight is not None and (weight.numel() == 0 or (weight.is_meta and not x.is_meta)):
+        if any(weight.numel() == 0 or (weight.is_meta and not x.is_meta) for weight in self._read_in_forward()):
             raise ValueError(
                 f"The weight of layer '{self.site.name}' is not in memory (offloaded or partitioned), but its adapter "
                 "has to read it. Load the model without offloading or ZeRO-3, or use a method that acts on the output."
             )
 
+    def _read_in_forward(self) -> list[Tensor]:
+        weight = self.base_layer._parameters.get("weight")
+        return [] if weight is None else [weight]
+
     def _fold(self, adapters: Iterable[Adapter], base: Weights | None = None) -> Weights:
         """The layer's weight (as the layer stores it) and bias after the adapters in their order."""
         weight, bias = self._base_tensors() if base is None else base
         dtype, bias_dtype = weight.dtype, weight.dtype if bias is None else bias.dtype
-        weight, bias = self.layout.canonical(_at_least_fp32(weight)), _at_least_fp32(bias)
+        weight, bias = self.layout.canonical(at_least_fp32(weight)), at_least_fp32(bias)
         for adapter in adapters:
             weight, bias = adapter.transform(weight, bias)
         return self.layout.stored(weight).to(dtype), None if bias is None else bias.to(bias_dtype)
@@ -191,8 +206,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
             return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
         if bias is None or self.site.has_bias:
             named = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-            return _call_with(self.base_layer, named, (x, *args), kwargs)
-        y = _call_with(self.base_layer, {"weight": weight}, (x, *args), kwargs)
+            return call_with(self.base_layer, named, (x, *args), kwargs)
+        y = call_with(self.base_layer, {"weight": weight}, (x, *args), kwargs)
         return (y.movedim(self.layout.channel, -1) + bias).movedim(-1, self.layout.channel).to(y.dtype)
 
     # -- merging ---------------------------------------------------------------------------------------------
@@ -209,10 +224,10 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         names = self._to_merge(adapter_names)
         if not names:
             return
-        weight, bias = self._merged_tensors(names, safe_merge)
+        tensors = self._merged_tensors(names, safe_merge)
         if self._originals is None:
             self._originals = Taken.of(self.base_layer)
-        self._put(weight, bias, self._originals)
+        self._put(tensors, self._originals)
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str] | None = None, *, finite: bool = True) -> None:
@@ -265,13 +280,14 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
                 f"into layer '{self.site.name}' would give NaN or infinity. Nothing was merged."
             )
 
-    def _put(self, weight: Tensor, bias: Tensor | None, old: Taken) -> None:
+    def _put(self, tensors: Weights, old: Taken) -> None:
+        weight, bias = tensors
         if self.quantization_backend is not None:
             self.set_base_weight(weight)  # which may make another base layer (HQQ)
         else:
-            self.base_layer.weight = _like(old.parameters["weight"], weight)
+            self.base_layer.weight = parameter_like(old.parameters["weight"], weight)
         if bias is not None and self.site.has_bias:
-            self.base_layer.bias = _like(old.parameters["bias"], bias)
+            self.base_layer.bias = parameter_like(old.parameters["bias"], bias)
 
     def unmerge(self) -> None:
         """Put the base layer's own parameters back: the same objects, so the same bits and the same ties."""
@@ -286,8 +302,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """What merging this adapter alone would add to the weight, in fp32 or better."""
         with torch.no_grad():
             weight, bias = self._original_tensors() or self._base_tensors()
-            weight = self.layout.canonical(_at_least_fp32(weight))
-            after, _ = self._chosen([adapter_name])[0].transform(weight, _at_least_fp32(bias))
+            weight = self.layout.canonical(at_least_fp32(weight))
+            after, _ = self._chosen([adapter_name])[0].transform(weight, at_least_fp32(bias))
             return self.layout.to_stored(after - weight)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
@@ -336,7 +352,7 @@ def layout_of_base(base_layer: nn.Module, name: str, backend: QuantizationBacken
     return LINEAR
 
 
-def _call_with(layer: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
+def call_with(layer: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: Any) -> Any:
     """Call a layer with these tensors in the place of its own."""
     # FSDP 1 shadows a layer's parameters by attributes, which `functional_call` passes by without a word
     shadows = {name: layer.__dict__[name] for name in tensors if name in layer.__dict__}
@@ -351,9 +367,9 @@ def _call_with(layer: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: 
         layer.__dict__.update(shadows)
 
 
-def _at_least_fp32(tensor: Any) -> Any:
+def at_least_fp32(tensor: Any) -> Any:
     return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _like(old: nn.Parameter | None, new: Tensor) -> nn.Parameter:
+def parameter_like(old: nn.Parameter | None, new: Tensor) -> nn.Parameter:
     return nn.Parameter(new.contiguous(), requires_grad=old is not None and old.requires_grad)

@@ -74,6 +74,11 @@ def layout_of(layer: Any, name: str) -> Layout:
     )
 
 
+def is_supported(layer: nn.Module) -> bool:
+    """Whether the layer is of a kind that is known by its class."""
+    return any(isinstance(layer, kinds) for kinds, _ in _KINDS)
+
+
 def is_plain(layer: nn.Module) -> bool:
     """Whether the layer does what its kind says and no more: no forward of its own, no deconvolution."""
     return type(layer).forward in _PLAIN

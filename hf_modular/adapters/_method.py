@@ -50,6 +50,9 @@ class AdapterConfig(PeftConfig):
         target_modules (`list[str] | str`, *optional*):
             The modules to adapt: names or suffixes of names, one regular expression, or `"all-linear"`. If not
             given, the modules that are usual for the architecture.
+        target_parameters (`list[str]`, *optional*):
+            Parameters to adapt that are no layer's weight, by name or suffix: `["gate_up_proj", "down_proj"]` for the
+            experts of a mixture, each of which gets an adapter of its own.
         exclude_modules (`list[str] | str`, *optional*):
             Modules not to adapt, though `target_modules` matches them.
         modules_to_save (`list[str]`, *optional*):
@@ -74,6 +77,9 @@ class AdapterConfig(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={"help": "Modules to adapt: names, one regular expression, or 'all-linear'."},
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Parameters to adapt that are no layer's weight: the experts of a mixture."}
     )
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules not to adapt, though target_modules matches them."}
@@ -115,8 +121,9 @@ class AdapterConfig(PeftConfig):
             )
         self.target_modules = _selection("target_modules", self.target_modules)
         self.exclude_modules = _selection("exclude_modules", self.exclude_modules)
-        if isinstance(self.modules_to_save, str):  # PEFT would take it for a list of its letters
-            raise TypeError(f"`modules_to_save` must be a list of names, but got {self.modules_to_save=}.")
+        for name in ("modules_to_save", "target_parameters"):
+            if isinstance(getattr(self, name), str):  # PEFT would take it for a list of its letters
+                raise TypeError(f"`{name}` must be a list of names, but got {name}={getattr(self, name)!r}.")
         require_choice("bias", self.bias, ["none", "all", f"{self.type_name.lower()}_only"])
         self._check_layer_selection()
 

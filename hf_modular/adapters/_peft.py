@@ -2,12 +2,13 @@
 
 import inspect
 import re
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from copy import copy
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
@@ -23,7 +24,9 @@ from torch.distributed.tensor import DTensor
 
 from hf_modular._version import __version__
 from hf_modular.adapters._layer import BASE, AdapterLayer, wrap
-from hf_modular.adapters._method import Adapter, AdapterConfig
+from hf_modular.adapters._layout import is_supported
+from hf_modular.adapters._method import Adapter, AdapterConfig, Site
+from hf_modular.adapters._parameters import FORMER_NAMES, ParameterLayer, bare_name, fused_parameters
 
 # What is usual for LoRA, and for vision transformers, which PEFT's table leaves out.
 USUAL_TARGETS = {
@@ -54,8 +57,9 @@ class AdapterModel(BaseTuner):
 
         Whatever fails on the way, the model is afterwards as it was before.
         """
-        self._placed: dict[str, AdapterLayer] = {}
+        self._placed: dict[str, tuple[AdapterLayer, list[str]]] = {}  # with the parameters that are adapted inside it
         config = self.peft_config[adapter_name]
+        asked = copy(config)
         if trained := config.modules_to_train(model):
             config.modules_to_save = sorted({*trained, *(config.modules_to_save or [])})
         undo = _remember(model)
@@ -63,6 +67,7 @@ class AdapterModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._make_adapters(adapter_name)
+            self._check_experts(model, asked)
         except Exception:
             undo()
             self.peft_config.pop(adapter_name, None)
@@ -72,9 +77,11 @@ class AdapterModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
         targets = peft_config.targets_for(model_config.get("model_type"))
-        given = peft_config.target_modules is not None
+        given = peft_config.target_modules is not None or bool(peft_config.target_parameters)
         if not given and targets is not None:
             peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
+        if given and peft_config.target_modules is None:
+            peft_config.target_modules = set()  # type: ignore[assignment]
         peft_config = super()._prepare_adapter_config(peft_config, model_config)
         if not given and isinstance(peft_config.target_modules, str) and peft_config.layers_to_transform is not None:
             peft_config.target_modules = set(self._in_chosen_layers(peft_config))  # type: ignore[assignment]
@@ -95,29 +102,19 @@ class AdapterModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
     ) -> None:
-        if isinstance(parent, nn.MultiheadAttention):
-            raise TypeError(
-                f"Layer '{current_key}' belongs to a torch.nn.MultiheadAttention, which reads its weight without "
-                "calling it: an adapter there would have no effect. Name it in `exclude_modules`."
-            )
-        if not (isinstance(target, AdapterLayer) and target.adapter_layer_names == (self.slot,)):
+        _refuse_attention(parent, current_key)
+        if not self._is_ours(target):
             target = self._wrapped(target, target_name, parent, current_key)
-        self._placed[current_key] = target
+        self._placed[current_key] = cast(AdapterLayer, target), []
+
+    def _is_ours(self, layer: nn.Module) -> bool:
+        return isinstance(layer, AdapterLayer) and layer.adapter_layer_names == (self.slot,)
 
     def _wrapped(self, target: nn.Module, target_name: str, parent: nn.Module, key: str) -> AdapterLayer:
-        if isinstance(target, BaseTunerLayer):
-            raise TypeError(
-                f"Layer '{key}' already holds adapters of another type ({type(target).__name__}). Merge or unload "
-                "them, or give both adapters different `target_modules`."
-            )
+        _refuse_occupied(target, key)
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
-        if isinstance(getattr(target, "weight", None), DTensor):
-            raise TypeError(
-                f"The weight of layer '{key}' is split over several devices (a DTensor). Put the adapters in before "
-                "the model is sharded; tensor parallelism is not supported."
-            )
+        _refuse_split(getattr(target, "weight", None), key)
         layer = wrap(target, key, self.slot, backend)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # for inference torch reads the weights of its layers instead of calling them, but not where one has a hook
@@ -132,20 +129,21 @@ class AdapterModel(BaseTuner):
 
     def _make_adapters(self, adapter_name: str) -> None:
         config = self.peft_config[adapter_name]
-        shared = self.adapter_class.share(config, [layer.site for layer in self._placed.values()])
+        shared = self.adapter_class.share(
+            config, [site for layer, p in self._placed.values() for site in layer.sites(p)]
+        )
         active = adapter_name in self.active_adapters
         named: set[int] = set()
-        for layer in self._placed.values():
-            adapter = self._adapter(config, layer, shared)
-            if "shared" in adapter._modules:
-                _name_once(adapter, named)
+        for layer, parameters in self._placed.values():
+            adapter = layer.made(partial(self._adapter, config, layer, shared), parameters)
+            for sharing in [module for module in adapter.modules() if "shared" in module._modules]:
+                _name_once(sharing, named)  # type: ignore[arg-type]
             layer.add_adapter(adapter_name, adapter)
             layer.adapters[adapter_name].requires_grad_(active and not config.inference_mode)
             layer._active_adapter = self.active_adapters
 
-    def _adapter(self, config: AdapterConfig, layer: AdapterLayer, shared: Any) -> Adapter:
-        given = (config, layer.site) if shared is None else (config, layer.site, shared)
-        adapter = self.adapter_class.made(*given)
+    def _adapter(self, config: AdapterConfig, layer: AdapterLayer, shared: Any, site: Site) -> Adapter:
+        adapter = self.adapter_class.made(*((config, site) if shared is None else (config, site, shared)))
         backend = layer.quantization_backend
         if backend is not None and not backend.supports_merge and not adapter.direct:
             raise TypeError(
@@ -163,6 +161,70 @@ class AdapterModel(BaseTuner):
                 f"Module '{target_name}' of a {model_type} model is read by a kernel without being called: an adapter "
                 "there would have no effect. Leave it out of `target_modules`."
             )
+
+    # -- parameters ------------------------------------------------------------------------------------------
+
+    def _inject_parameters(
+        self, peft_config: AdapterConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """Put layers in place around the modules whose parameters are asked for."""
+        wanted = sorted(peft_config.target_parameters or [])
+        asked = _asking_for(peft_config, set(wanted))
+        found = [key for key in self._parameter_names(model) if check_target_module_exists(asked, key)]
+        if lost := [name for name in wanted if not any(_ends(key, name) for key in found)]:
+            raise ValueError(f"`target_parameters` names {lost}, which no parameter that may be adapted is called.")
+        for key in found:
+            self._place_parameter(peft_config, model, *key.rpartition(".")[::2])
+        return found
+
+    def _parameter_names(self, model: nn.Module) -> list[str]:
+        """The parameters of the base model, by their names in it."""
+        owners = [(name, module) for name, module in model.named_modules() if self.slot not in name.split(".")]
+        return [f"{bare_name(n)}.{p}" for n, module in owners for p, _ in module.named_parameters(recurse=False)]
+
+    def _place_parameter(self, peft_config: AdapterConfig, model: nn.Module, name: str, parameter: str) -> None:
+        target, (place, _, last) = model.get_submodule(name), name.rpartition(".")
+        parent = model.get_submodule(place)
+        base = target.base_layer if isinstance(target, AdapterLayer) else target
+        if parameter == "weight" and is_supported(base):  # a layer's own: the layer is adapted
+            self._create_and_replace(peft_config, "", target, last, parent, name)
+            return
+        if not (self._is_ours(target) and isinstance(target, ParameterLayer)):
+            _refuse_occupied(target, name)
+            _refuse_attention(target, name)
+            target = ParameterLayer(base, name, self.slot, None)
+            self._replace_module(parent, last, target, base)
+        _refuse_split(target.parameter(parameter), f"{name}.{parameter}")
+        self._placed.setdefault(name, (target, []))[1].append(parameter)
+
+    def _check_experts(self, model: nn.Module, asked: AdapterConfig) -> None:
+        """Fused experts are no modules: what was meant for them must not pass them by without a word."""
+        left = self._experts_left(model, asked)
+        message = (
+            "The experts of this model are parameters and no modules, so `target_modules` does not reach them: "
+            f"{_some(left, 'parameters')} are not adapted. Add target_parameters={_last_parts(left)} for them, or "
+            f"exclude_modules={_last_parts(key.rpartition('.')[0] for key in left)} to leave them as they are."
+        )
+        meant = {f"{key.rpartition('.')[0]}.{name}" for key in left for name in FORMER_NAMES} | set(left)
+        if lost := [t for t in self._names_without_modules(asked) if any(_ends(key, t) for key in meant)]:
+            raise ValueError(f"`target_modules` names {lost}. {message}")
+        targets = asked.target_modules
+        reached = targets and any(check_target_module_exists(asked, key) for key in meant)
+        if left and (reached or targets == "all-linear") and not asked.inference_mode:
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+    def _experts_left(self, model: nn.Module, asked: AdapterConfig) -> list[str]:
+        """The parameters of experts that are neither adapted nor excluded."""
+        everything = _asking_for(asked, ".*")
+        adapted = {f"{key}.{name}" for key, (_, names) in self._placed.items() for name in names}
+        experts = {
+            name: p for name, p in fused_parameters(model).items() if check_target_module_exists(everything, name)
+        }
+        return [key for name, names in experts.items() for p in names if (key := f"{name}.{p}") not in adapted]
+
+    def _names_without_modules(self, asked: AdapterConfig) -> list[str]:
+        targets = [] if isinstance(asked.target_modules, str) else sorted(asked.target_modules or [])
+        return [target for target in targets if not any(_ends(key, target) for key in self._placed)]
 
     # -- merging ---------------------------------------------------------------------------------------------
 
@@ -291,9 +353,48 @@ class AdapterModel(BaseTuner):
             )
 
 
-def _some(keys: list[str]) -> str:
+def _asking_for(config: AdapterConfig, targets: set[str] | str) -> AdapterConfig:
+    """The same choice of layers, of other targets."""
+    asking = copy(config)
+    asking.target_modules = targets  # type: ignore[assignment]
+    return asking
+
+
+def _ends(key: str, name: str) -> bool:
+    return f".{key}".endswith(f".{name}")
+
+
+def _last_parts(keys: Iterable[str]) -> list[str]:
+    return sorted({key.rpartition(".")[2] for key in keys})
+
+
+def _refuse_attention(module: nn.Module, name: str) -> None:
+    if isinstance(module, nn.MultiheadAttention):
+        raise TypeError(
+            f"Layer '{name}' belongs to a torch.nn.MultiheadAttention, which reads its weight without calling it: an "
+            "adapter there would have no effect. Name it in `exclude_modules`."
+        )
+
+
+def _refuse_occupied(module: nn.Module, name: str) -> None:
+    if isinstance(module, BaseTunerLayer):
+        raise TypeError(
+            f"Layer '{name}' already holds adapters of another type ({type(module).__name__}). Merge or unload them, "
+            "or give both adapters different `target_modules`."
+        )
+
+
+def _refuse_split(weight: Any, name: str) -> None:
+    if isinstance(weight, DTensor):
+        raise TypeError(
+            f"The weight of layer '{name}' is split over several devices (a DTensor). Put the adapters in before "
+            "the model is sharded; tensor parallelism is not supported."
+        )
+
+
+def _some(keys: list[str], kind: str = "tensors") -> str:
     """The first of them, and how many."""
-    return f"{len(keys)} tensors" + (f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "")
+    return f"{len(keys)} {kind}" + (f" ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})" if keys else "")
 
 
 def _refuse_nested(layer: AdapterLayer, args: Any) -> None:

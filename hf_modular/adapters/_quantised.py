@@ -12,7 +12,7 @@ _STATE = ("CB", "SB", "SCB", "SBt", "CBt")  # of an 8-bit layer, beside the para
 
 def dequantised(layer: nn.Module, backend: QuantizationBackend) -> Tensor:
     """The weight of a quantised layer, also after bitsandbytes has packed it for inference on this CPU."""
-    weight: Any = layer.weight
+    weight: Any = getattr(layer, "weight", None)  # which not every backend has
     if getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False):
         return _from_packed(weight)
     return backend.get_base_weight(layer)

@@ -325,6 +325,8 @@ PASSES_AS: list[tuple[str, ...]] = [
     # a start with gradients for all factors
     ("test_only_params_are_updated", "test_custom_models", "UniLoraConfig", "low_rank"),
     ("test_only_params_are_updated", "test_custom_models", "UniLoraConfig", "Compacter"),
+    # and a rate and a number of steps after which all factors have moved
+    ("test_only_params_are_updated", "test_custom_models", "GloraConfig", "EmbConv1D", "RMM"),
     # GPT-2's Conv1D
     ("test_generate_half_prec", "testing_common", "LoHaConfig"),
     ("test_merge_layers", "testing_common", "LoHaConfig"),
