@@ -1,16 +1,18 @@
 """What the result is made of: for each part of its tensors the models, the settings, and the names in the models."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_modular import merging
 from hf_modular.checkpoints import TensorInfo
 from hf_modular.merging._architecture import architecture
 from hf_modular.merging._engine import Inputs
+from hf_modular.merging._heads import Heads, choose_head, labels
 from hf_modular.merging._layers import LayerStack, Place, before_and_after, layer_stack, stacked_config
 from hf_modular.merging._method import MergeMethod
 from hf_modular.merging._names import agree, known
@@ -18,6 +20,8 @@ from hf_modular.merging._preflight import TensorLike
 from hf_modular.merging._recipe import Column, MergeRecipe, Section
 from hf_modular.merging._settings import Resolved, depths
 from hf_modular.merging._sources import Source
+from hf_modular.merging._tokenizers import Tokenizer
+from hf_modular.merging._vocabulary import one_vocabulary
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,13 +61,15 @@ class Assembly:
 
     Args:
         problems: Why it cannot be made.
-        config: The keys of the config that differ from the reference model's; None for one to leave out.
+        config: The keys of the config that differ from the reference model's.
+        tokenizer: The tokenizer, if it is not that of a model as it is.
     """
 
     parts: list[Part]
     notes: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: Tokenizer | None = None
 
     @property
     def plan(self) -> dict[str, TensorInfo]:
@@ -94,24 +100,66 @@ class Renamed:
 
 def assemble(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
     """What a recipe makes of its open models."""
-    found = (_stacked if recipe.slices is not None else _whole)(recipe, sources)
-    return replace(
-        found, problems=[*found.problems, *misfits(found.plan, sources[recipe.reference_model], found.config)]
-    )
+    columns = (column for section in recipe.sections for column in _columns(section))
+    named = dict.fromkeys([recipe.reference_model, *(column.model for column in columns)])
+    models = {name: sources[name] for name in named}
+    reference = models[recipe.reference_model]
+    notes = agree([*models.values()])
+    vocabulary = one_vocabulary(recipe, models)
+    tail = {name: models[name] for name in _of_the_head(recipe)}
+    heads = choose_head(recipe, tail, vocabulary.models)
+    views = {name: _without(view, heads.names) for name, view in vocabulary.models.items()}
+    found = (_stacked if recipe.slices is not None else _whole)(recipe, models, views)
+    head = [_head(recipe, heads, vocabulary.models[heads.kept])] if heads.kept else []
+    if recipe.method.one_by_one and (head or views != models):
+        method = repr(recipe.merge_method)
+        return Assembly(
+            [], problems=[f"{method} cannot change heads or vocabularies: merge models that have the same"]
+        )
+    parts = [*found.parts, *head]
+    tied = any(name in part.plan for part in parts for name in reference.tied)
+    last = _lead(recipe.sections[-1]).model if recipe.slices else recipe.reference_model
+    said = labels(reference, models[heads.kept or last])
+    config = {**found.config, **vocabulary.config, **said, **({"tie_word_embeddings": False} if tied else {})}
+    planned = {name: tensor for part in parts for name, tensor in part.plan.items()}
+    problems = [*vocabulary.problems, *heads.problems, *found.problems]
+    problems += [] if problems else [*misfits(planned, reference, config)]
+    return Assembly(parts, [*notes, *vocabulary.notes], problems, config, vocabulary.tokenizer)
 
 
-def _whole(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
+def _of_the_head(recipe: MergeRecipe) -> list[str]:
+    """The models of which one or all give the head, the reference first."""
+    chosen = [] if recipe.heads in ("error", "base") else [recipe.heads]
+    return [*dict.fromkeys([*_reference(recipe), *chosen, *(c.model for c in _columns(recipe.sections[-1]))])]
+
+
+def _reference(recipe: MergeRecipe) -> list[str]:
+    return [recipe.reference_model] if recipe.slices is None or recipe.heads != "error" else []
+
+
+def _without(model: Inputs, names: Collection[str]) -> Inputs:
+    if not names:
+        return model
+    return Renamed(model, {name: name for name in model.tensors if name not in names})
+
+
+def _head(recipe: MergeRecipe, heads: Heads, kept: Inputs) -> Part:
+    """The head of one model, as it is."""
+    copy = merging.METHODS["passthrough"]()
+    view = Renamed(kept, {name: name for name in kept.tensors if name in heads.names})
+    plan = _plan(view.tensors, recipe)
+    return Part(plan, dict.fromkeys(plan, Resolved(copy, (1.0,), {})), None, [view], view, copy, copied=True)
+
+
+def _whole(recipe: MergeRecipe, models: Mapping[str, Source], views: Mapping[str, Inputs]) -> Assembly:
     """All layers of all models."""
     [section] = recipe.sections
-    reference = sources[recipe.reference_model]
-    models = [sources[column.model] for column in section.models]
-    names = agree(reference, models)
-    tensors = reference.tensors
-    plan = _plan({name: tensors[name] for name in names.names}, recipe)
+    reference = views[recipe.reference_model]
+    plan = _plan(reference.tensors, recipe)
     settings = {name: section.settings.at(name, depth) for name, depth in depths(plan).items()}
-    base = sources[section.base.model] if section.base else None
-    part = Part(plan, settings, base, models, reference, recipe.method)
-    return Assembly([part], names.notes, config=_untied(names.untied))
+    base = views[section.base.model] if section.base else None
+    merged = [views[column.model] for column in section.models]
+    return Assembly([Part(plan, settings, base, merged, reference, recipe.method)])
 
 
 def misfits(plan: Mapping[str, TensorLike], reference: Source, changes: Mapping[str, Any]) -> Iterator[str]:
@@ -119,8 +167,7 @@ def misfits(plan: Mapping[str, TensorLike], reference: Source, changes: Mapping[
     before = known(reference)
     if not changes or not reference.tensors.keys() <= before.shapes.keys():
         return
-    config = {key: value for key, value in {**reference.config, **changes}.items() if value is not None}
-    after = architecture(config)
+    after = architecture({**reference.config, **changes})
     if not after.shapes:
         yield f"transformers cannot make a model of the result, whose config would say {changes}"
         return
@@ -139,35 +186,24 @@ def _plan(tensors: Mapping[str, TensorLike], recipe: MergeRecipe) -> dict[str, T
     }
 
 
-def _untied(untied: bool) -> dict[str, Any]:
-    return {"tie_word_embeddings": False} if untied else {}
-
-
-def _stacked(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
+def _stacked(recipe: MergeRecipe, models: Mapping[str, Source], views: Mapping[str, Inputs]) -> Assembly:
     """Slices of layers, one behind the other; what is outside the layers comes from the first and the last slice."""
-    sliced = [sources[column.model] for section in recipe.sections for column in _columns(section)]
-    names = agree(sources[recipe.reference_model], sliced)
-    stacks, problems = _stacks([sources[recipe.reference_model], *sliced])
+    stacks, problems = _stacks(models.values())
     problems += [] if problems else [*_range_problems(recipe, stacks)]
     if problems:
-        return Assembly([], names.notes, problems)
-    slicer = _Slicer(recipe, sources, stacks)
-    parts = [slicer.part(i) for i in range(len(recipe.sections))]
-    leads = [(slicer.lead(section), _lead(section).first, section.layers or 0) for section in recipe.sections]
+        return Assembly([], problems=problems)
+    slicer = _Slicer(recipe, models, views, stacks)
+    leads = [(models[_lead(section).model], _lead(section).first, section.layers or 0) for section in recipe.sections]
     config, problems = stacked_config(leads)
-    untied = any(name in part.plan for part in parts for name in sources[recipe.reference_model].tied)
-    return Assembly(parts, names.notes, problems, config | _untied(untied))
+    return Assembly([slicer.part(i) for i in range(len(recipe.sections))], problems=problems, config=config)
 
 
 @dataclass(frozen=True)
 class _Slicer:
     recipe: MergeRecipe
-    sources: Mapping[str, Source]
+    models: Mapping[str, Source]
+    views: Mapping[str, Inputs]
     stacks: Mapping[str, LayerStack]
-
-    def lead(self, section: Section) -> Source:
-        """The model after which a slice is shaped."""
-        return self.sources[_lead(section).model]
 
     def part(self, index: int) -> Part:
         section = self.recipe.sections[index]
@@ -192,18 +228,18 @@ class _Slicer:
 
     def _renamed(self, column: Column, index: int) -> Renamed:
         """What a model gives to a slice, under the names of the result."""
-        source, count = self.sources[column.model], self.recipe.sections[index].layers or 0
+        view, count = self.views[column.model], self.recipe.sections[index].layers or 0
         own, result = self.stacks[column.model], self.stacks[self.recipe.reference_model]
-        names = {name: name for name in self._outside(source, own, index)}
-        for name in source.tensors:
+        names = {name: name for name in self._outside(column.model, index) if name in view.tensors}
+        for name in view.tensors:
             place = own.place(name)
             if place and 0 <= (inner := place.layer - column.first) < count:
                 names[result.name(Place(self._first(index) + inner, place.rest))] = name
-        return Renamed(source, names)
+        return Renamed(view, names)
 
-    def _outside(self, source: Source, stack: LayerStack, index: int) -> list[str]:
+    def _outside(self, model: str, index: int) -> list[str]:
         """What a model gives to a slice of the tensors outside the layers."""
-        before, after = before_and_after(source, stack)
+        before, after = before_and_after(self.models[model], self.stacks[model])
         first, last = index == 0, index == len(self.recipe.sections) - 1
         return [*(before if first else []), *(after if last else [])]
 
@@ -216,9 +252,9 @@ def _lead(section: Section) -> Column:
     return _columns(section)[0]
 
 
-def _stacks(sources: Sequence[Source]) -> tuple[dict[str, LayerStack], list[str]]:
+def _stacks(models: Iterable[Source]) -> tuple[dict[str, LayerStack], list[str]]:
     stacks, problems = {}, []
-    for source in {source.reference: source for source in sources}.values():
+    for source in models:
         try:
             stacks[source.reference] = layer_stack(source)
         except ValueError as error:

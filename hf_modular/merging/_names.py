@@ -7,32 +7,21 @@ not part of the model, is asked only when the names differ.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from hf_modular.merging._architecture import Architecture, architecture
 from hf_modular.merging._sources import Source
 
 
-@dataclass(frozen=True)
-class Names:
-    """The names of the tensors to merge."""
-
-    names: list[str]
-    untied: bool = False  # whether the result stores apart what the reference model ties
-    notes: list[str] = field(default_factory=list)
-
-
-def agree(reference: Source, models: Sequence[Source]) -> Names:
-    """The names of the result, where each source is told what to read for a name that it does not store."""
-    if all(model.weights.tensors.keys() == reference.weights.tensors.keys() for model in models):
-        return Names([*reference.weights.tensors])
-    sources = list({id(source): source for source in (reference, *models)}.values())
+def agree(sources: Sequence[Source]) -> list[str]:
+    """Tell each source what to read for a name that it does not store, and what to leave out; returns what to note."""
+    first, *others = sources
+    if all(source.weights.tensors.keys() == first.weights.tensors.keys() for source in others):
+        return []
     ties = [_apply_facts(source) for source in sources]
     wanted = dict.fromkeys(name for source in sources for name in source.tensors)
     for source, tied in zip(sources, ties, strict=True):
         source.tied.update({n: tied[n] for n in wanted if n not in source.tensors and tied.get(n) in source.tensors})
-    untied = any(name in wanted for name in reference.tied)
-    return Names([name for name in wanted if name in reference.tensors], untied, [*_notes(sources)])
+    return [*_notes(sources)]
 
 
 def known(source: Source) -> Architecture:

@@ -2,29 +2,82 @@
 
 import json
 import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hf_modular.merging._chat_templates import NAMED, is_template
 from hf_modular.merging._sources import CONFIG, MODEL_FILES, PROCESSING_FILES, files, read_object
+from hf_modular.merging._tokenizers import Tokenizer, save_tokenizer
 
+GENERATION = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
 
 
-def copy_settings(
-    model: Path, tokenizer: Path, target: Path, changes: dict[str, Any], chat_template: str | None
-) -> None:
-    """Copy the settings of a model and the tokenizer of another; change keys of the config, where there is one."""
-    for path in (*files(model, MODEL_FILES), *files(tokenizer, PROCESSING_FILES)):
-        shutil.copyfile(path, target / path.name)
-    if changes and (target / CONFIG).is_file():
-        config = read_object(target / CONFIG) | changes
-        _write_object(target / CONFIG, {key: value for key, value in config.items() if key not in _left_out(changes)})
-    if chat_template is not None:
-        (target / CHAT_TEMPLATE).write_text(chat_template, "utf-8")
+@dataclass(frozen=True)
+class Beside:
+    """What the result needs beside its weights.
+
+    Args:
+        model: The folder of the model whose config it gets.
+        tokenizer: The folder of the model whose tokenizer or processor it gets.
+        config: What the config says differently.
+        generation: What the generation config says differently.
+        chat_template: The template, if it is not the tokenizer's.
+        united: The tokenizer, if it is not the folder's as it is.
+    """
+
+    model: Path
+    tokenizer: Path
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any]
+    chat_template: str | None = None
+    united: Tokenizer | None = None
+
+    def save(self, target: Path) -> None:
+        """Write it all into a folder; keys of the configs are changed only where there are configs."""
+        for path in (*files(self.model, MODEL_FILES), *files(self.tokenizer, PROCESSING_FILES)):
+            shutil.copyfile(path, target / path.name)
+        for name, changes in {CONFIG: self.config, GENERATION: self.generation}.items():
+            if changes and (target / name).is_file():
+                _write_object(target / name, read_object(target / name) | dict(changes))
+        if self.united is not None:
+            save_tokenizer(self.united, target)
+        if self.chat_template is not None:
+            (target / CHAT_TEMPLATE).write_text(self.chat_template, "utf-8")
 
 
-def _left_out(changes: dict[str, Any]) -> set[str]:
-    return {key for key, value in changes.items() if value is None}
+def chat_template(wanted: str | None, folders: Mapping[str, Path]) -> str | None:
+    """The template that a recipe asks for, of the folders of the models; None for that of the tokenizer."""
+    if wanted is None or is_template(wanted):
+        return wanted
+    if wanted in NAMED:
+        return NAMED[wanted]
+    if wanted == "auto":
+        found = [template for folder in folders.values() if (template := _template_of(folder))]
+        return Counter(found).most_common(1)[0][0] if found else None
+    if (template := _template_of(folders[wanted])) is None:
+        raise ValueError(f"`chat_template` names {wanted}, which has no chat template")
+    return template
+
+
+def token_numbers(folder: Path, *, generation: bool) -> dict[str, Any]:
+    """What a model's config or generation config says of special tokens."""
+    path = folder / (GENERATION if generation else CONFIG)
+    settings = read_object(path) if path.is_file() else {}
+    return {key: value for key, value in settings.items() if key.endswith("_token_id")}
+
+
+def _template_of(folder: Path) -> str | None:
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text("utf-8")
+    path = folder / "tokenizer_config.json"
+    found = read_object(path).get("chat_template") if path.is_file() else None
+    if isinstance(found, list):  # several, each with a name
+        found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
+    return found if isinstance(found, str) else None
 
 
 def config_changes(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from hf_modular.merging._processes import Processes, processes
 from hf_modular.merging._recipe import MergeRecipe
 from hf_modular.merging._report import RECIPE, MergeReport, describe, peak_memory, versions
 from hf_modular.merging._settings import Resolved
-from hf_modular.merging._settings_files import config_changes, copy_settings
+from hf_modular.merging._settings_files import Beside, chat_template, config_changes, token_numbers
 from hf_modular.merging._sources import Source, open_source
 from hf_modular.merging._workers import Workers
 
@@ -201,6 +201,7 @@ class _Job:
         yield from _device_problems(self.device)
         yield from _config_problems({source.reference: source for source in (self.reference, *self.models)}.values())
         yield from self.assembly.problems
+        yield from _refusals(lambda: self.beside)
         for part in self.assembly.parts:
             yield from disagreements(part.reference, {model.reference: model.tensors for model in part.models})
         for source in self.sources.values():
@@ -278,11 +279,25 @@ class _Job:
 
     def add_settings(self, folder: Path) -> None:
         """Write what the model needs beside its weights, and the recipe with the commits that were read."""
-        recipe = self.recipe
-        changes = config_changes(self.reference.config, recipe.result_dtype) | self.assembly.config
-        tokenizer = self.sources[recipe.tokenizer_model].folder
-        copy_settings(self.reference.folder, tokenizer, folder, changes, recipe.chat_template)
+        self.beside.save(folder)
         (folder / RECIPE).write_text(self.pinned.to_yaml(), "utf-8")
+
+    @cached_property
+    def beside(self) -> Beside:
+        """What belongs beside the weights: special tokens have the numbers that the tokenizer gives them."""
+        recipe, reference = self.recipe, self.reference.folder
+        tokenizer = self.sources[recipe.tokenizer_model].folder
+        other = tokenizer != reference
+        return Beside(
+            model=reference,
+            tokenizer=tokenizer,
+            config=config_changes(self.reference.config, recipe.result_dtype)
+            | self.assembly.config
+            | (token_numbers(tokenizer, generation=False) if other else {}),
+            generation=token_numbers(tokenizer, generation=True) if other else {},
+            chat_template=chat_template(recipe.chat_template, {s.reference: s.folder for s in self.models}),
+            united=self.assembly.tokenizer,
+        )
 
     @cached_property
     def pinned(self) -> MergeRecipe:
@@ -328,6 +343,14 @@ def _opened(recipe: MergeRecipe, stack: ExitStack) -> dict[str, Source]:
         raise problems[0]
     refuse(str(problem) for problem in problems)
     return sources
+
+
+def _refusals(step: Callable[[], object]) -> Iterator[str]:
+    """What a step has against its inputs."""
+    try:
+        step()
+    except ValueError as error:
+        yield str(error)
 
 
 def _glance(file: Path) -> list[object]:

@@ -1,0 +1,152 @@
+"""Tokenizers as the data in `tokenizer.json`: their vocabularies, and the union of several.
+
+In a union the first tokenizer keeps its numbers, and the tokens that others have follow. They become part of its
+model, with the merges that make them; where its kind allows none, they are found in texts as they are.
+"""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from hf_modular.merging._sources import PROCESSING_FILES, files, read_object
+
+TOKENIZER = "tokenizer.json"
+_PARTS = ("tokenizer.json", "tokenizer.model", "vocab*", "merges.txt", "*.spm", "*.tiktoken", "spiece.model")
+_KINDS = {"BPE", "WordPiece", "WordLevel"}  # whose tokens may have any numbers
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenizer:
+    """A tokenizer and the model that it belongs to."""
+
+    reference: str
+    data: Mapping[str, Any]
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """The numbers of all tokens."""
+        return self.own | {token["content"]: token["id"] for token in self.added}
+
+    @property
+    def added(self) -> list[dict[str, Any]]:
+        return self.data.get("added_tokens") or []
+
+    @cached_property
+    def own(self) -> dict[str, int]:
+        """The tokens that texts are cut into, without those that were added."""
+        found = self.data["model"]["vocab"]
+        return dict(found) if isinstance(found, dict) else {token: i for i, (token, _) in enumerate(found)}
+
+    @property
+    def kind(self) -> tuple[str, bool]:
+        """What decides whether tokens of another tokenizer mean the same: the model, and whether it is of bytes."""
+        return self.data["model"].get("type", "BPE"), "ByteLevel" in json.dumps(self.data.get("decoder"))
+
+
+def load_tokenizer(reference: str, folder: Path) -> Tokenizer | None:
+    """The tokenizer in a folder; None where there is none."""
+    path = folder / TOKENIZER
+    if not path.is_file() and not any(files(folder, _PARTS)):
+        return None
+    data = read_object(path) if path.is_file() else _converted(folder)
+    tokenizer = Tokenizer(reference, data)
+    try:
+        vocabulary = tokenizer.vocabulary
+        good = all(isinstance(token, str) and type(i) is int and i >= 0 for token, i in vocabulary.items())
+    except (KeyError, TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise ValueError(f"{path} must hold a tokenizer with the numbers of its tokens, but does not")
+    return tokenizer
+
+
+def same_files(folders: Sequence[Path]) -> bool:
+    """Whether the tokenizers of all folders that have one are the same, by the bytes of their files."""
+    held = [{path.name: path.read_bytes() for path in files(folder, _PARTS)} for folder in folders]
+    there = [contents for contents in held if contents]
+    return all(contents == there[0] for contents in there)
+
+
+def union(first: Tokenizer, others: Sequence[Tokenizer]) -> Tokenizer:
+    """A tokenizer with the tokens of all, in which those of the first keep their numbers."""
+    data = deepcopy(dict(first.data))
+    numbers = dict(first.vocabulary)
+    for other in others:
+        new = [token for token in sorted(other.vocabulary, key=other.vocabulary.__getitem__) if token not in numbers]
+        start = max(numbers.values(), default=-1) + 1
+        numbers |= {token: start + i for i, token in enumerate(new)}
+        added = {token["content"]: token for token in other.added}
+        regular = [token for token in new if token not in added]
+        if regular and other.kind != first.kind:
+            raise ValueError(
+                f"the tokenizers of {first.reference} and {other.reference} are of different kinds, "
+                f"{_spelled(first.kind)} and {_spelled(other.kind)}, and have no union: choose one of them"
+            )
+        known = first.kind[0] in _KINDS
+        extra = {token: added.get(token) or _plain(token) for token in new if token in added or not known}
+        data["added_tokens"] = [*(data.get("added_tokens") or []), *_numbered(extra, numbers)]
+        if known and regular:
+            data["model"]["vocab"] |= {token: numbers[token] for token in regular}
+            data["model"] |= _merges(data["model"], other, set(regular))
+    return Tokenizer(first.reference, data)
+
+
+def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+    """A tokenizer with further tokens, which are found in texts as they are."""
+    new = [token for token in tokens if token not in tokenizer.vocabulary]
+    start = max(tokenizer.vocabulary.values(), default=-1) + 1
+    added = _numbered({token: _plain(token) for token in new}, {token: start + i for i, token in enumerate(new)})
+    return Tokenizer(tokenizer.reference, {**tokenizer.data, "added_tokens": [*tokenizer.added, *added]})
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
+    """Put a tokenizer in the place of another's files; settings such as the special tokens stay."""
+    for path in [*files(folder, (*_PARTS, "added_tokens.json"))]:
+        path.unlink()
+    (folder / TOKENIZER).write_text(json.dumps(tokenizer.data, ensure_ascii=False, indent=2) + "\n", "utf-8")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any(files(folder, PROCESSING_FILES))
+
+
+def _converted(folder: Path) -> dict[str, Any]:
+    """What transformers makes of other formats."""
+    from transformers import AutoTokenizer
+
+    try:
+        found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        data: dict[str, Any] = json.loads(found.backend_tokenizer.to_str())
+    except Exception as error:  # whatever a file of somebody else's format can do
+        raise ValueError(f"transformers cannot turn the tokenizer in {folder} into {TOKENIZER}: {error}") from error
+    return data
+
+
+def _plain(token: str) -> dict[str, Any]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    return {"content": token, **flags, "normalized": True}
+
+
+def _numbered(tokens: Mapping[str, Mapping[str, Any]], numbers: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    for token, settings in tokens.items():
+        yield {**settings, "id": numbers[token]}
+
+
+def _merges(model: Mapping[str, Any], other: Tokenizer, new: set[str]) -> dict[str, Any]:
+    """The merges of a BPE with those of another that make new tokens, which come last."""
+    if "merges" not in model:
+        return {}
+    own, theirs = ([*map(_pair, merges)] for merges in (model["merges"], other.data["model"].get("merges", [])))
+    return {"merges": own + [pair for pair in theirs if "".join(pair) in new]}
+
+
+def _pair(merge: Any) -> list[str]:
+    return merge.split(" ") if isinstance(merge, str) else list(merge)
+
+
+def _spelled(kind: tuple[str, bool]) -> str:
+    return f"{kind[0]}{' of bytes' if kind[1] else ''}"
