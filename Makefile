@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench peers conformance clean
+.PHONY: demo test lint bench bench-quality peers conformance clean
 
 demo: .venv/.ready
 	$(BIN)/hf-modular demo --output demo-output
@@ -22,6 +22,11 @@ bench: .venv/.ready
 	test -d $(BENCH_MODELS) || $(BIN)/python benchmarks/make_models.py $(BENCH_MODELS)
 	$(BIN)/python benchmarks/merge.py $(BENCH_MODELS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapter_merging.py
+
+# An hour or two on one core; finished trainings are kept in .peers, and a broken run goes on where it was.
+bench-quality: .venv/.ready
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r benchmarks/requirements.txt
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py
 
 # PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
 conformance: .venv/.ready

@@ -4,7 +4,11 @@
 table and what it says, `chart` the picture, `writing` the cards and the results.
 """
 
+import logging
 from importlib.util import find_spec
 
 if missing := [name for name in ("matplotlib", "sklearn") if find_spec(name) is None]:
     raise ModuleNotFoundError(f"the demo needs {' and '.join(missing)}: pip install 'hf_modular[demo]'")
+
+# Of bitsandbytes, which PEFT imports where it is installed: that a kernel is missing which nothing here uses.
+logging.getLogger("bitsandbytes.backends.cpu.ops").addFilter(lambda record: "gemm_4bit_forward" not in str(record.msg))

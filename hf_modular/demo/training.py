@@ -3,7 +3,7 @@
 import gc
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -166,36 +166,47 @@ def fine_tune(job: Job) -> Outcome:
     data = {name: part.seen_as(job.task) for name, part in load().items()}
     base = AutoModelForImageClassification.from_pretrained(job.base)
     model = BY_NAME[job.method].prepare(base)
-    started = time.process_time()
-    _trainer(model, data["train"], job).train()
-    seconds = time.process_time() - started
+    rows = [{"pixel_values": x, "labels": y} for x, y in zip(data["train"].images, data["train"].labels, strict=True)]
+    seconds = train(model, rows, job.folder, rate=BY_NAME[job.method].rate, epochs=job.epochs, seed=job.seed)
     model.save_pretrained(job.folder)
     val, test = (is_correct(model, data[name]) for name in ("val", "test"))
-    return Outcome(_trainable(model), seconds, share(val), test.tolist())
+    return Outcome(trainable(model), seconds, share(val), test.tolist())
 
 
-def _trainer(model: Any, part: Part, job: Job) -> Trainer:
+def train(
+    model: Any,
+    rows: Sequence[dict[str, Tensor]],
+    folder: Path,
+    *,
+    rate: float,
+    epochs: float,
+    seed: int,
+    **options: Any,  # of `TrainingArguments`
+) -> float:
+    """Train what wants gradients, with cosine decay after a warm-up, and return the CPU seconds."""
     arguments = TrainingArguments(
-        output_dir=str(job.folder),
-        learning_rate=BY_NAME[job.method].rate,
-        num_train_epochs=job.epochs,
+        output_dir=str(folder),
+        learning_rate=rate,
+        num_train_epochs=epochs,
         per_device_train_batch_size=BATCH,
         lr_scheduler_type="cosine",
         warmup_steps=0.1,  # a share of the steps
-        seed=job.seed,
+        seed=seed,
         use_cpu=True,
         save_strategy="no",
         logging_strategy="no",
         report_to="none",
         disable_tqdm=True,
+        **options,
     )
-    rows = [{"pixel_values": x, "labels": y} for x, y in zip(part.images, part.labels, strict=True)]
     trainer = Trainer(model, arguments, train_dataset=rows)
     trainer.remove_callback(PrinterCallback)
-    return trainer
+    started = time.process_time()
+    trainer.train()
+    return time.process_time() - started
 
 
-def _trainable(model: Any) -> int:
+def trainable(model: Any) -> int:
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 

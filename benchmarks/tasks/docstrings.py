@@ -1,0 +1,210 @@
+"""Text that every Python installation has: docstrings and error messages, and tasks whose labels come by themselves.
+
+Modules of the standard library and of installed libraries are read, never imported. A label may be wrong now and then,
+but it is real. The texts change with the versions of Python and the libraries: figures may be compared only where a
+task's sha256 is the same.
+"""
+
+import ast
+import hashlib
+import platform
+import random
+import re
+import sysconfig
+import textwrap
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import version as find_version
+from importlib.util import find_spec
+from pathlib import Path
+
+LIBRARIES = ("datasets", "huggingface_hub", "numpy", "pandas", "scipy", "sklearn", "torch", "transformers")
+PACKAGES = {"sklearn": "scikit-learn"}  # where the package has another name
+NUMPYDOC = ("numpy", "pandas", "scipy", "sklearn")  # have sections with underlined titles
+FILES = 600  # of each library at most
+SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3"}
+SHORTEST, SAME = 40, 160  # characters: of a text; and two texts that begin with as many equal ones are one
+CAP, LEAST = 300, 60  # texts of a class; with fewer it is left out
+
+VERBS = "add check compute convert create find get load make parse read set write".split()
+SECTIONS = ("Attributes", "Examples", "Notes", "Parameters", "Raises", "References", "Returns", "See Also")
+EXCEPTIONS = (
+    "AttributeError",
+    "ImportError",
+    "IndexError",
+    "KeyError",
+    "NotImplementedError",
+    "RuntimeError",
+    "TypeError",
+    "ValueError",
+)
+MATCHES = ("another's docstring", "its own docstring")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One text, or two to be compared, and its class."""
+
+    text: str
+    label: str
+    second: str | None = None
+
+
+@dataclass(frozen=True)
+class Function:
+    """A function that has a docstring."""
+
+    library: str
+    name: str
+    arguments: str
+    doc: str
+
+
+@dataclass(frozen=True)
+class Message:
+    """What is said where an exception is raised."""
+
+    exception: str
+    text: str
+
+
+def version() -> str:
+    """What the texts depend on: the versions of all that is read, and this file."""
+    found = [platform.python_version(), *(f"{name} {find_version(PACKAGES.get(name, name))}" for name in LIBRARIES)]
+    return "; ".join([*found, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()])
+
+
+@cache
+def harvest() -> tuple[tuple[Function, ...], tuple[Message, ...]]:
+    """All that is read: functions, and messages of exceptions."""
+    functions: list[Function] = []
+    messages: list[Message] = []
+    for library, folder in _roots().items():
+        for tree in map(_parsed, _files(folder)):
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)):
+                    functions.append(Function(library, node.name, ast.unparse(node.args), doc))
+                elif isinstance(node, ast.Raise):
+                    messages += _messages(node)
+    return tuple(functions), tuple(messages)
+
+
+def _roots() -> dict[str, Path]:
+    """Where the modules lie.
+
+    Raises:
+        ModuleNotFoundError: If a library is not installed.
+    """
+    specs = {name: find_spec(name) for name in LIBRARIES}
+    if missing := [name for name, spec in specs.items() if spec is None]:
+        raise ModuleNotFoundError(f"the text tasks are made of docstrings of {missing}: pip install 'hf_modular[dev]'")
+    folders = {name: Path(str(spec.origin)).parent for name, spec in specs.items() if spec}
+    return {"the standard library": Path(sysconfig.get_paths()["stdlib"]), **folders}
+
+
+def _files(folder: Path) -> list[Path]:
+    """The modules below a folder, in an order that is always the same; some of them, if there are many."""
+    found = sorted(path for path in folder.rglob("*.py") if not SKIPPED & {*path.relative_to(folder).parts})
+    return found if len(found) <= FILES else sorted(random.Random(0).sample(found, FILES))
+
+
+def _parsed(path: Path) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # invalid escapes in old modules
+        try:
+            return ast.parse(path.read_text(encoding="utf-8"))
+        except (SyntaxError, UnicodeDecodeError):  # the standard library keeps templates of modules as well
+            return ast.Module([], [])
+
+
+def _messages(node: ast.Raise) -> Iterator[Message]:
+    match node.exc:
+        case ast.Call(ast.Name(name), [ast.Constant(str(text)), *_]):
+            yield Message(name, text)
+        case ast.Call(ast.Name(name), [ast.JoinedStr(parts), *_]):
+            yield Message(name, "".join(p.value if isinstance(p, ast.Constant) else "{}" for p in parts))
+
+
+def verb() -> list[Example]:
+    """The docstring of a function -> the verb that its name begins with."""
+    return [
+        Example(_tidy(function.doc), name)
+        for function in harvest()[0]
+        if (name := function.name.strip("_").split("_")[0]) in VERBS
+    ]
+
+
+def section() -> list[Example]:
+    """A section of a docstring -> its title; without the marks that would give it away."""
+    marks = re.compile(r">>>|\.\.\. |\.\. \[\d+\]|\[\d+\]_|:.*?:`|" + "|".join(SECTIONS), re.IGNORECASE)
+    titles = re.compile(rf"^({'|'.join(SECTIONS)})\n-{{3,}}\n", re.MULTILINE)
+    any_title = re.compile(r"^[A-Z][A-Za-z ]+\n-{3,}\n", re.MULTILINE)
+    return [
+        Example(_tidy(marks.sub(" ", any_title.split(function.doc[title.end() :])[0])), title[1])
+        for function in harvest()[0]
+        if function.library in NUMPYDOC
+        for title in titles.finditer(function.doc)
+    ]
+
+
+def exception() -> list[Example]:
+    """The message of an exception -> its type."""
+    hidden = re.compile(r"\w*(Error|Exception)\b")
+    return [
+        Example(_tidy(hidden.sub("…", message.text)), message.exception)
+        for message in harvest()[1]
+        if message.exception in EXCEPTIONS
+    ]
+
+
+def match() -> list[Example]:
+    """Arguments and the first words of a docstring -> whether they belong together; both classes of one library.
+
+    The functions are drawn in pairs. In half of them each keeps its docstring, in the other half they swap.
+    """
+    examples = []
+    for library in ("the standard library", *LIBRARIES):
+        known = {f.doc[:SAME]: f for f in harvest()[0] if f.library == library and len(f.arguments) > len("self, x")}
+        some = random.Random(0).sample(sorted(known.values(), key=lambda f: (f.name, f.doc)), min(len(known), CAP))
+        for number, (one, other) in enumerate(zip(some[::2], some[1::2], strict=False)):
+            for function, text in ((one, one), (other, other)) if number % 2 else ((one, other), (other, one)):
+                arguments = textwrap.shorten(function.arguments, 60, placeholder=" …")
+                examples.append(Example(arguments, MATCHES[function is text], _tidy(text.doc)))
+    return examples
+
+
+RECIPES: dict[str, Callable[[], list[Example]]] = {
+    "verb": verb,
+    "section": section,
+    "match": match,
+    "exception": exception,
+}
+
+
+def examples(name: str) -> list[Example]:
+    """Those of a task: every text once, classes of similar sizes, in random order."""
+    once = {(e.second or e.text)[:SAME].lower(): e for e in reversed(RECIPES[name]())}
+    rng = random.Random(0)
+    chosen: list[Example] = []
+    for label in sorted({e.label for e in once.values()}):
+        mine = sorted(
+            (e for e in once.values() if e.label == label and len(e.second or e.text) >= SHORTEST // 2),
+            key=lambda e: (e.text, e.second or ""),
+        )
+        rng.shuffle(mine)
+        chosen += mine[: CAP * len(VERBS) // 2 if name == "match" else CAP] if len(mine) >= LEAST else []
+    rng.shuffle(chosen)
+    return chosen
+
+
+def _tidy(text: str) -> str:
+    return " ".join(text.split())[:400]
+
+
+def texts(some: Iterable[Example]) -> tuple[list[str], list[str] | None]:
+    """As a tokenizer takes them: the first texts, and the second ones if there are any."""
+    some = list(some)
+    seconds = [e.second for e in some if e.second is not None]
+    return [e.text for e in some], seconds or None
