@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hf_modular.merging.dare import DAREConfig
     from hf_modular.merging.della import DELLAConfig
     from hf_modular.merging.fisher import FisherConfig
+    from hf_modular.merging.graft import GraftConfig
     from hf_modular.merging.karcher import KarcherConfig
     from hf_modular.merging.linear import LinearConfig
     from hf_modular.merging.model_stock import ModelStockConfig
@@ -24,8 +25,10 @@ if TYPE_CHECKING:
     from hf_modular.merging.opcm import OPCMAddConfig, OPCMConfig, OPCMResultConfig
     from hf_modular.merging.passthrough import PassthroughConfig
     from hf_modular.merging.pcb import PCBConfig
+    from hf_modular.merging.rws import RWSConfig
     from hf_modular.merging.sce import SCEConfig
     from hf_modular.merging.slerp import SLERPConfig
+    from hf_modular.merging.ssd import SSDConfig
     from hf_modular.merging.task_arithmetic import TaskArithmeticConfig
     from hf_modular.merging.ties import TIESConfig
 
@@ -50,6 +53,9 @@ _METHODS = (
     "ModelStockConfig",
     "NearSwapConfig",
     "ArceeFusionConfig",
+    "GraftConfig",
+    "RWSConfig",
+    "SSDConfig",
     "PassthroughConfig",
 )  # in the order in which they are listed
 _PARTS = ("OPCMAddConfig", "OPCMResultConfig")  # steps of methods that take one model after the other
@@ -60,6 +66,7 @@ _HOME = {
     "DAREConfig": "dare",
     "DELLAConfig": "della",
     "FisherConfig": "fisher",
+    "GraftConfig": "graft",
     "KarcherConfig": "karcher",
     "LinearConfig": "linear",
     "MergeMethod": "_method",
@@ -74,8 +81,10 @@ _HOME = {
     "OPCMResultConfig": "opcm",
     "PCBConfig": "pcb",
     "PassthroughConfig": "passthrough",
+    "RWSConfig": "rws",
     "SCEConfig": "sce",
     "SLERPConfig": "slerp",
+    "SSDConfig": "ssd",
     "TIESConfig": "ties",
     "TaskArithmeticConfig": "task_arithmetic",
     "merge": "_stream",
@@ -90,6 +99,7 @@ __all__ = [
     "DAREConfig",
     "DELLAConfig",
     "FisherConfig",
+    "GraftConfig",
     "KarcherConfig",
     "LinearConfig",
     "MergeMethod",
@@ -104,8 +114,10 @@ __all__ = [
     "OPCMResultConfig",
     "PCBConfig",
     "PassthroughConfig",
+    "RWSConfig",
     "SCEConfig",
     "SLERPConfig",
+    "SSDConfig",
     "TIESConfig",
     "TaskArithmeticConfig",
     "merge",

@@ -52,7 +52,7 @@ class Companion:
 
 
 def config_name(kind: str) -> str:
-    return f"{kind}_config.json"
+    return f"{'fisher' if kind == 'forget' else kind}_config.json"  # "forget" is Fisher information of other data
 
 
 def is_root(kind: str, folder: Path) -> bool:

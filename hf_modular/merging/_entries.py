@@ -4,7 +4,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StrictInt, model_validator
 
-COMPANIONS = ("fisher", "activations", "state")  # the keys of a model that name what a method needs beside its weights
+# The keys of a model that name what a method needs beside its weights.
+COMPANIONS = ("fisher", "forget", "activations", "state")
 
 
 class Strict(BaseModel):
@@ -19,6 +20,7 @@ class ModelEntry(Strict):
     fisher: str | None = Field(
         default=None, min_length=1, description="A folder or repository with the model's Fisher information."
     )
+    forget: str | None = Field(default=None, min_length=1, description="The same on what the model is to forget.")
     activations: str | None = Field(
         default=None, min_length=1, description="A folder or repository with the sizes of the model's activations."
     )

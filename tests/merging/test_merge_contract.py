@@ -8,6 +8,7 @@ from hf_modular.merging import (
     DAREConfig,
     DELLAConfig,
     FisherConfig,
+    GraftConfig,
     KarcherConfig,
     LinearConfig,
     ModelStockConfig,
@@ -17,8 +18,10 @@ from hf_modular.merging import (
     OPCMConfig,
     PassthroughConfig,
     PCBConfig,
+    RWSConfig,
     SCEConfig,
     SLERPConfig,
+    SSDConfig,
     TaskArithmeticConfig,
     TIESConfig,
 )
@@ -70,6 +73,11 @@ CASES = (
     MergeCase(OPCMConfig(), symmetric=False),
     MergeCase(OPCMConfig(alpha=1.0, skip="layers.0"), symmetric=False),
     MergeCase(PCBConfig(density=0.4, variant="raw", scope="tensor", scale=0.5), symmetric=True),
+    MergeCase(GraftConfig(density=0.3), symmetric=True),
+    MergeCase(GraftConfig(density=1.0), symmetric=True, formula=arithmetic()),
+    MergeCase(RWSConfig(scale=0.7), symmetric=False),
+    MergeCase(RWSConfig(target="last", include="layers", average="bias")),
+    MergeCase(SSDConfig(), formula=lambda base, models, weights: models[0]),
     MergeCase(PassthroughConfig(), formula=lambda base, models, weights: models[0]),
 )
 held = {type(case.config) for case in CASES}
