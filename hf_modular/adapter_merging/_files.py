@@ -32,7 +32,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _LORA = re.compile(r"^(?P<layer>.+?)\.(?P<part>lora_(?:embedding_)?[AB](?:\.(?:weight|bias))?)$")
 
 # PEFT's task types: the class of transformers whose layers' names the adapter has
-_TASKS = {
+TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -230,7 +230,7 @@ class BaseFolder:
     @classmethod
     def located(cls, reference: str, config: PeftConfig) -> "BaseFolder":
         named = (config.auto_mapping or {}).get("base_model_class")
-        return cls(reference, locate(reference)[0], named or _TASKS.get(str(config.task_type)))
+        return cls(reference, locate(reference)[0], named or TASKS.get(str(config.task_type)))
 
     @cached_property
     def weights(self) -> Checkpoint:

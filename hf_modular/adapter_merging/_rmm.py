@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hf_modular._reversible import Granularity, Parts, decomposed, restored
 from hf_modular.adapter_merging._extract import FineTuned, lost_note
+from hf_modular.adapter_merging._files import TASKS
 from hf_modular.adapter_merging._heads import Head, heads_of
 from hf_modular.adapter_merging._matrix import LowRank, Matrix, balanced, squared_distance, truncated
 from hf_modular.adapter_merging._report import AdapterReport, relative
@@ -171,7 +172,12 @@ class _Reversible:
         if self.heads:
             config.target_modules = sorted({*self.sites, *self.heads})
             config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-            config.task_type = None  # with which PEFT would keep the head of the base model beside
+            if config.task_type in TASKS:  # with a type PEFT would keep the head of the base model beside
+                config.auto_mapping = {
+                    "base_model_class": TASKS[config.task_type],
+                    "parent_library": "transformers",
+                }
+            config.task_type = None
         return config
 
 

@@ -1,10 +1,12 @@
 """What a card says about an adapter."""
 
+import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from hf_modular.cards._artifact import ADAPTER_CONFIG, Artifact
+from hf_modular.cards._making import making_of
 from hf_modular.cards._origins import Lookup, Origin, trace
 from hf_modular.cards._subject import (
     NO_ORIGIN,
@@ -36,6 +38,7 @@ _TASK_TYPES = {
 }
 _HEAD = re.compile(r"\b(?:classifier|score|out_proj|head)\.weight$")
 _NO_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "revision")
+_TOLD_APART = ("errors", "tasks")
 
 
 def describe_adapter(artifact: Artifact, place: Place, base_name: str | None, lookup: Lookup) -> Subject:
@@ -46,6 +49,7 @@ def describe_adapter(artifact: Artifact, place: Place, base_name: str | None, lo
     base = trace(named, config.get("revision"), lookup) if named else NO_ORIGIN
     task = _task(config)
     snippet = _snippet(artifact, place, base)
+    making = making_of(artifact, lookup)
     return Subject(
         template="adapter.md",
         origins=[base],
@@ -62,8 +66,11 @@ def describe_adapter(artifact: Artifact, place: Place, base_name: str | None, lo
             "method": _method(peft_type, config.get("peft_version")),
             "settings": [(name, code(value)) for name, value in sorted(config.items()) if _is_setting(name, value)],
             "parameters": _parameters(artifact, peft_type),
+            "tasks": _tasks(config),
+            **making.variables,
         },
-        public=without_paths(artifact) | _public_config(config, base),
+        parents=making.parents,
+        public=without_paths(artifact) | _public_config(config, base) | making.public,
     )
 
 
@@ -81,8 +88,14 @@ def _task(config: Mapping[str, Any]) -> Task | None:
     return task_of((config.get("auto_mapping") or {}).get("base_model_class"))
 
 
+def _tasks(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The tasks that it holds, and how far each is from the adapter that it was."""
+    errors = config.get("errors") or {}
+    return [(code(task), f"{errors[task]:.3g}" if task in errors else "unknown") for task in config.get("tasks") or []]
+
+
 def _is_setting(name: str, value: Any) -> bool:
-    return name not in _NO_SETTINGS and value not in (None, {}, [], "")
+    return name not in (*_NO_SETTINGS, *_TOLD_APART) and value not in (None, {}, [], "")
 
 
 def _parameters(artifact: Artifact, peft_type: str) -> list[tuple[str, int]]:
@@ -137,6 +150,7 @@ def _snippet(artifact: Artifact, place: Place, base: Origin) -> str:
             "",
             load_base,
             f"model = PeftModel.from_pretrained(base, {place.arguments})",
+            *(f"model.set_task({json.dumps(task)})" for task in (artifact.config.get("tasks") or [])[:1]),
             *load_processors,
         ]
     )

@@ -156,12 +156,13 @@ def _license_verdict(subject: Subject, facts: Facts, old: CardText) -> Verdict:
     stated = stated_terms(old.metadata)
     if stated and str(stated) != old.derived_license:
         return Verdict(stated, "stated by its publisher")
-    return resolve({origin.label: origin.terms for origin in subject.origins})
+    return resolve({origin.label: origin.terms for origin in [*subject.origins, *subject.parents]})
 
 
 def _license_text(subject: Subject, verdict: Verdict) -> str:
     stated = f"`{verdict.terms}`: {verdict.reason}." if verdict.terms else f"Unknown: {verdict.reason}."
-    parents = "\n".join(f"- {o.link}: {_terms_text(o.terms)}" for o in subject.origins if o != NO_ORIGIN)
+    known = [origin for origin in [*subject.origins, *subject.parents] if origin != NO_ORIGIN]
+    parents = "\n".join(f"- {origin.link}: {_terms_text(origin.terms)}" for origin in known)
     caveat = "Licences were compared by name; this is not legal advice."
     return "\n\n".join(filter(None, [stated, parents, caveat]))
 

@@ -38,7 +38,7 @@ class Parent(NamedTuple):
 
 def describe_model(artifact: Artifact, place: Place, base_name: str | None, lookup: Lookup) -> Subject:
     """A checkpoint, merged or not."""
-    if recipe := _recipe(artifact):
+    if recipe := read_recipe(artifact):
         return _describe_merge(artifact, place, recipe, lookup)
     return _describe(artifact, place, base_name, lookup)
 
@@ -64,7 +64,8 @@ def _describe_merge(artifact: Artifact, place: Place, recipe: dict[str, Any], lo
     parents = [*_parents(recipe, report, lookup)]
     task = _task(artifact)
     method = str(report.get("merge_method") or recipe.get("merge_method"))
-    public = _public(artifact, recipe, report, parents)
+    origins = {parent.reference: parent.origin for parent in parents}
+    public = public_texts(artifact, recipe, report, origins)
     return Subject(
         template="merge.md",
         origins=[parent.origin for parent in parents],
@@ -112,7 +113,7 @@ def _snippet(artifact: Artifact, place: Place) -> str:
 # ---- merges
 
 
-def _recipe(artifact: Artifact) -> dict[str, Any]:
+def read_recipe(artifact: Artifact) -> dict[str, Any]:
     """The recipe in the folder; empty if there is none."""
     try:
         recipe = yaml.safe_load(artifact.read_text(MERGE_RECIPE) or "{}")
@@ -133,11 +134,11 @@ def _parents(recipe: Mapping[str, Any], report: Mapping[str, Any], lookup: Looku
         weights.setdefault(str(entry["model"]), code(settings["weight"]) if "weight" in settings else "default")
     inputs = {entry["model"]: entry for entry in report.get("inputs") or []}
     for reference, weight in weights.items():
-        origin = trace(*_split(reference), lookup)
+        origin = trace(*split_reference(reference), lookup)
         yield Parent(reference, weight, origin, inputs.get(reference, {}).get("files") or {})
 
 
-def _split(reference: str) -> tuple[str, str | None]:
+def split_reference(reference: str) -> tuple[str, str | None]:
     """A folder, or a repository as `name` or `name@revision`."""
     name, _, revision = reference.partition("@")
     return (reference, None) if Path(reference).expanduser().exists() else (name, revision or None)
@@ -184,15 +185,18 @@ def _cost(report: Mapping[str, Any]) -> str | None:
     return f"Merged in {report['seconds']:.1f} s with {memory} on `{report['device']}`{by}."
 
 
-def _public(
-    artifact: Artifact, recipe: dict[str, Any], report: dict[str, Any], parents: list[Parent]
+def public_texts(
+    artifact: Artifact, recipe: dict[str, Any], report: dict[str, Any], origins: Mapping[str, Origin]
 ) -> dict[str, str]:
-    """Recipe and report with what can be told in the place of paths on this machine."""
-    told = {parent.reference: _reference(parent.origin) for parent in parents}
-    if all(_split(parent.reference)[0] == parent.origin.id for parent in parents):
+    """Recipe and report with what can be told in the place of paths on this machine, if there are any."""
+    if all(split_reference(name)[0] == origin.id for name, origin in origins.items()):
         return {}
-    public = {MERGE_RECIPE: yaml.safe_dump(_replaced(recipe, told), sort_keys=False, allow_unicode=True)}
-    return public | ({MERGE_REPORT: dump(_replaced(report, told))} if MERGE_REPORT in artifact.files else {})
+    told = {name: _reference(origin) for name, origin in origins.items()}
+    texts = {
+        MERGE_RECIPE: yaml.safe_dump(_replaced(recipe, told), sort_keys=False, allow_unicode=True),
+        MERGE_REPORT: dump(_replaced(report, told)),
+    }
+    return {name: text for name, text in texts.items() if name in artifact.files}
 
 
 def _reference(origin: Origin) -> str:

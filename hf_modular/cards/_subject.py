@@ -62,6 +62,7 @@ class Subject:
     own_type: str | None = None
     notes: list[str] = field(default_factory=list)  # on how to use it
     variables: dict[str, Any] = field(default_factory=dict)
+    parents: list[Origin] = field(default_factory=list)  # what else it was made from
     public: dict[str, str] = field(default_factory=dict)  # files whose text would tell a path -> what to publish
 
 
