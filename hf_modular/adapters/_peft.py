@@ -27,6 +27,7 @@ from hf_modular.adapters._layer import BASE, AdapterLayer, wrap
 from hf_modular.adapters._layout import is_supported
 from hf_modular.adapters._method import Adapter, AdapterConfig, Site
 from hf_modular.adapters._parameters import FORMER_NAMES, ParameterLayer, bare_name, fused_parameters
+from hf_modular.adapters._readme import keep_note_on_cards
 
 # What is usual for LoRA, and for vision transformers, which PEFT's table leaves out.
 USUAL_TARGETS = {
@@ -586,6 +587,7 @@ def register(
         PEFT_TYPE_TO_TUNER_MAPPING[member] = model_class
     else:
         register_peft_method(name=name, config_cls=config_class, model_cls=model_class, prefix=f"{name}_")
+    keep_note_on_cards()
     return model_class
 
 

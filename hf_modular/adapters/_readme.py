@@ -1,10 +1,17 @@
 """The note in a saved adapter's README that says what to import before loading."""
 
 import re
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers.integrations import PeftAdapterMixin
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
+_KEEPS_NOTE = "keeps_note_of_hf_modular"
 _NOTE = """\
 ## Loading this adapter
 
@@ -28,6 +35,31 @@ def add_loading_note(folder: Path, type_name: str, base_model: str | None) -> No
         return
     head, body = _split_front_matter(text)
     readme.write_text(f"{head}\n{_NOTE.format(type_name=type_name)}{body}", encoding="utf-8")
+
+
+def keep_note_on_cards() -> None:
+    """Have the cards that the Trainer writes over a README keep the note.
+
+    It asks the model to complete its card: PEFT's model, or that of transformers with adapters of its own, which in
+    transformers 5 has no such method and makes the Trainer fail.
+    """
+    for holder in (PeftModel, PeftAdapterMixin):
+        complete = getattr(holder, "create_or_update_model_card", None)
+        if not hasattr(complete, _KEEPS_NOTE):
+            holder.create_or_update_model_card = _completing(complete)
+
+
+def _completing(complete: Callable[[Any, str], None] | None) -> Callable[[Any, str], None]:
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        """Updates or creates the model card."""
+        if complete is not None:
+            complete(self, output_dir)
+        for config in getattr(self, "peft_config", {}).values():
+            if hasattr(config.peft_type, "added_by"):  # one of ours
+                add_loading_note(Path(output_dir), config.peft_type.value, config.base_model_name_or_path)
+
+    setattr(create_or_update_model_card, _KEEPS_NOTE, True)
+    return create_or_update_model_card if complete is None else wraps(complete)(create_or_update_model_card)
 
 
 def _front_matter(base_model: str | None) -> str:

@@ -7,6 +7,7 @@ import torch
 from adapters import tiny
 from adapters.conftest import adapted
 from adapters.table import METHODS
+from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
@@ -19,9 +20,13 @@ pytestmark = pytest.mark.parametrize("case", METHODS, ids=str)
 DATA = [{"input_ids": tiny.TOKENS[i % 2] + i // 2, "labels": torch.tensor(i % 2)} for i in range(12)]
 
 
-def trainer(case: AdapterCase, folder: Path, **choices: object) -> Trainer:
+def trainer(case: AdapterCase, folder: Path, *, native: bool = False, **choices: object) -> Trainer:
     torch.manual_seed(3)
-    config = case.config(task_type="SEQ_CLS", modules_to_save=["classifier"])
+    config, model = case.config(task_type="SEQ_CLS", modules_to_save=["classifier"]), tiny.model("classifier")
+    if native:
+        model.add_adapter(config)
+    else:
+        model = get_peft_model(model, config)
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=6,
@@ -36,7 +41,7 @@ def trainer(case: AdapterCase, folder: Path, **choices: object) -> Trainer:
         dataloader_pin_memory=False,
         **choices,
     )
-    return Trainer(get_peft_model(tiny.model("classifier"), config), arguments, train_dataset=DATA)
+    return Trainer(model, arguments, train_dataset=DATA)
 
 
 def trained(model: torch.nn.Module) -> dict[str, Tensor]:
@@ -58,6 +63,21 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(case: AdapterCase, tmp_path
     assert "import hf_modular" in (tmp_path / "checkpoint-6" / "README.md").read_text()
     loaded = PeftModel.from_pretrained(tiny.model("classifier"), tmp_path / "checkpoint-6")
     assert torch.equal(tiny.run(loaded), tiny.run(whole.model.eval()))
+
+
+@pytest.mark.parametrize("native", [False, True], ids=["in a PeftModel", "added to the model"])
+def test_the_card_of_the_trainer_keeps_the_note(case: AdapterCase, native: bool, tmp_path: Path) -> None:
+    """It is written anew when a run is pushed, over the README that was saved with the adapter."""
+    ours = trainer(case, tmp_path, native=native)
+    ours.save_model()
+    ours.create_model_card(tags="mine")
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.text.count("import hf_modular") == 1
+    assert case.config_class.type_name in card.text
+    assert "generated automatically according to the information the Trainer had" in card.text
+    assert "mine" in card.data.tags or not native  # PEFT makes the tags anew
+    loaded = PeftModel.from_pretrained(tiny.model("classifier"), tmp_path)
+    assert torch.equal(tiny.run(loaded), tiny.run(ours.model.eval()))
 
 
 def step(model: PeftModel, **kwargs: object) -> dict[str, Tensor]:
