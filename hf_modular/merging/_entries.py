@@ -12,10 +12,28 @@ class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class ModelEntry(Strict):
+class WithAdapter(Strict):
+    """What names a model: `model: base+adapter`, or `adapter` as a key beside `model`."""
+
+    model: str = Field(
+        min_length=1,
+        description="A folder, or a Hub repository as `name` or `name@revision`; with an adapter, `model+adapter`.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _join(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or "adapter" not in data:
+            return data
+        model, adapter = data.get("model"), data["adapter"]
+        if not (isinstance(model, str) and isinstance(adapter, str) and adapter):
+            raise ValueError(f"`adapter` must be a folder or a Hub repository beside a `model`, but got {adapter!r}")
+        return {key: value for key, value in data.items() if key != "adapter"} | {"model": f"{model}+{adapter}"}
+
+
+class ModelEntry(WithAdapter):
     """One of the models to merge."""
 
-    model: str = Field(min_length=1, description="A folder, or a Hub repository as `name` or `name@revision`.")
     parameters: dict[str, Any] = Field(default={}, description="The settings of this model, such as `weight`.")
     fisher: str | None = Field(
         default=None, min_length=1, description="A folder or repository with the model's Fisher information."
@@ -34,10 +52,9 @@ class ModelEntry(Strict):
         return {key: name for key in ("model", *COMPANIONS) if (name := getattr(self, key))}
 
 
-class SliceSource(Strict):
+class SliceSource(WithAdapter):
     """Some layers of a model."""
 
-    model: str = Field(min_length=1, description="A folder, or a Hub repository as `name` or `name@revision`.")
     layer_range: tuple[StrictInt, StrictInt] = Field(description="The first layer, and the one behind the last.")
     parameters: dict[str, Any] = Field(default={}, description="The settings of this model in this slice.")
 
@@ -51,9 +68,7 @@ class OutputSlice(Strict):
     """Consecutive layers of the result, each merged from one layer of each source."""
 
     sources: list[SliceSource] = Field(min_length=1, description="Layers of models, as many of each.")
-    base_model: str | None = Field(
-        default=None, min_length=1, description="The base of this slice, a source."
-    )
+    base_model: str | None = Field(default=None, min_length=1, description="The base of this slice, a source.")
     parameters: dict[str, Any] = Field(default={}, description="The settings in this slice.")
 
 

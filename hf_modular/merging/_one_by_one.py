@@ -71,6 +71,7 @@ def _step(recipe: MergeRecipe, part: MergeMethod, entry: Mapping[str, str], more
     settings = part.to_dict()
     method = settings.pop("merge_method")
     base = {"base_model": recipe.base_model, "seed": recipe.seed}
+    more = {**recipe.model_dump(include={"base_precision", "adapter_base"}, exclude_defaults=True), **more}
     return {"merge_method": method, "models": [dict(entry)], "parameters": settings, **base, **more}
 
 

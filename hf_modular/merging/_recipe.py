@@ -36,7 +36,6 @@ _REFERENCES = {"model", "base_model", "source", "tokenizer_source", "heads", "ch
 
 _REFUSED = {  # keys of mergekit
     "modules": "merging the modules of a model apart is not supported: merge checkpoints of each module",
-    "adapter": "merging base + adapter is not supported yet",
     "residual_weight": "mergekit reads this key and does nothing with it: remove it",
     "layer_range": "a range of layers is given under `slices`, for each of the `sources`",
 }
@@ -178,6 +177,12 @@ class MergeRecipe(Recipe):
     )
     chat_template: str | None = Field(
         default=None, min_length=1, description="A Jinja template, its name, one of the models, or `auto`."
+    )
+    base_precision: Literal["original", "dequantized"] | None = Field(
+        default=None, description="Whether models may be quantised ones, which are then dequantised."
+    )
+    adapter_base: Literal["same", "any"] = Field(
+        default="same", description="Whether adapters must have been trained on the model that they are given with."
     )
     seed: StrictInt = Field(default=0, ge=0, lt=2**64, description="For methods that draw random numbers.")
     state: str | None = Field(

@@ -375,7 +375,7 @@ BAD_MODELS = [
     (pickled, "only safetensors are read, because a pickle can run any code, but {} holds ['pytorch_model.bin']"),
     (nothing, "must hold model.safetensors or model.safetensors.index.json"),
     (config(model_type="mistral"), "all models must be of one architecture"),
-    (config(quantization_config={"quant_method": "bitsandbytes"}), "is quantised (bitsandbytes) and cannot be merged"),
+    (config(quantization_config={"quant_method": "bitsandbytes"}), "is quantised (bitsandbytes): give the model that it was made from"),
     (broken_config, "must hold valid JSON"),
 ]
 
@@ -455,8 +455,3 @@ def test_overwriting(recipe, llamas, tmp_path):
     assert report.merge_method == "linear"
     assert [path.name for path in (tmp_path / "out").glob("*.safetensors*")] == ["model.safetensors"]
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-
-
-def test_an_adapter_is_refused_by_name(llamas, tmp_path):
-    with pytest.raises(ValueError, match=r"base \+ adapter is not supported yet"):
-        merge(MergeRecipe.of(LinearConfig(), [f"{llamas[0].name}+org/adapter", llamas[1]]), tmp_path / "out")
