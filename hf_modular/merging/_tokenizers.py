@@ -5,14 +5,14 @@ model, with the merges that make them; where its kind allows none, they are foun
 """
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_modular.merging._sources import PROCESSING_FILES, files, read_object
+from hf_modular.merging._sources import files, read_object
 
 TOKENIZER = "tokenizer.json"
 _PARTS = ("tokenizer.json", "tokenizer.model", "vocab*", "merges.txt", "*.spm", "*.tiktoken", "spiece.model")
@@ -24,7 +24,7 @@ class Tokenizer:
     """A tokenizer and the model that it belongs to."""
 
     reference: str
-    data: Mapping[str, Any]
+    data: dict[str, Any]
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -73,12 +73,10 @@ def same_files(folders: Sequence[Path]) -> bool:
 
 def union(first: Tokenizer, others: Sequence[Tokenizer]) -> Tokenizer:
     """A tokenizer with the tokens of all, in which those of the first keep their numbers."""
-    data = deepcopy(dict(first.data))
-    numbers = dict(first.vocabulary)
+    united = first
     for other in others:
-        new = [token for token in sorted(other.vocabulary, key=other.vocabulary.__getitem__) if token not in numbers]
-        start = max(numbers.values(), default=-1) + 1
-        numbers |= {token: start + i for i, token in enumerate(new)}
+        theirs = sorted(other.vocabulary, key=other.vocabulary.__getitem__)
+        new = [token for token in theirs if token not in united.vocabulary]
         added = {token["content"]: token for token in other.added}
         regular = [token for token in new if token not in added]
         if regular and other.kind != first.kind:
@@ -86,21 +84,42 @@ def union(first: Tokenizer, others: Sequence[Tokenizer]) -> Tokenizer:
                 f"the tokenizers of {first.reference} and {other.reference} are of different kinds, "
                 f"{_spelled(first.kind)} and {_spelled(other.kind)}, and have no union: choose one of them"
             )
-        known = first.kind[0] in _KINDS
-        extra = {token: added.get(token) or _plain(token) for token in new if token in added or not known}
-        data["added_tokens"] = [*(data.get("added_tokens") or []), *_numbered(extra, numbers)]
-        if known and regular:
-            data["model"]["vocab"] |= {token: numbers[token] for token in regular}
-            data["model"] |= _merges(data["model"], other, set(regular))
-    return Tokenizer(first.reference, data)
+        own = regular if first.kind[0] in _KINDS else []
+        united = _extended(united, {token: added.get(token) or _plain(token) for token in new}, own)
+        united.data["model"].update(_merges(united.data["model"], other, {*own}))
+    return _checked(united) if united is not first else first
 
 
-def with_tokens(tokenizer: Tokenizer, tokens: Sequence[str]) -> Tokenizer:
+def with_tokens(tokenizer: Tokenizer, tokens: Iterable[str]) -> Tokenizer:
     """A tokenizer with further tokens, which are found in texts as they are."""
-    new = [token for token in tokens if token not in tokenizer.vocabulary]
+    new = {token: _plain(token) for token in tokens if token not in tokenizer.vocabulary}
+    return _checked(_extended(tokenizer, new, [])) if new else tokenizer
+
+
+def _extended(tokenizer: Tokenizer, new: Mapping[str, Mapping[str, Any]], own: Collection[str]) -> Tokenizer:
+    """A tokenizer with new tokens behind the others, `own` of them as part of its model."""
     start = max(tokenizer.vocabulary.values(), default=-1) + 1
-    added = _numbered({token: _plain(token) for token in new}, {token: start + i for i, token in enumerate(new)})
-    return Tokenizer(tokenizer.reference, {**tokenizer.data, "added_tokens": [*tokenizer.added, *added]})
+    numbers = {token: start + i for i, token in enumerate(new)}
+    added = [{**settings, "id": numbers[token]} for token, settings in new.items() if token not in own]
+    data = {**deepcopy(dict(tokenizer.data)), "added_tokens": [*tokenizer.added, *added]}
+    if tokenizer.kind[0] in _KINDS:  # added tokens, too, or they would be numbered anew when the file is read
+        data["model"]["vocab"] |= tokenizer.vocabulary | numbers
+    return Tokenizer(tokenizer.reference, data)
+
+
+def _checked(tokenizer: Tokenizer) -> Tokenizer:
+    """A tokenizer that has the numbers it is meant to have when it is read."""
+    import tokenizers
+
+    try:
+        found = tokenizers.Tokenizer.from_str(json.dumps(tokenizer.data)).get_vocab()
+    except Exception as error:  # tokenizers raises no narrower one
+        raise ValueError(f"the tokenizer of {tokenizer.reference} cannot be extended: {error}") from error
+    if found != tokenizer.vocabulary:
+        moved = sorted(token for token in tokenizer.vocabulary if found.get(token) != tokenizer.vocabulary[token])
+        law = f"the tokens of {tokenizer.reference} must keep their numbers when others are added"
+        raise ValueError(f"{law}, but {len(moved)}, such as {moved[:1]}, do not: choose a tokenizer as it is")
+    return tokenizer
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
@@ -108,10 +127,6 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path) -> None:
     for path in [*files(folder, (*_PARTS, "added_tokens.json"))]:
         path.unlink()
     (folder / TOKENIZER).write_text(json.dumps(tokenizer.data, ensure_ascii=False, indent=2) + "\n", "utf-8")
-
-
-def has_tokenizer(folder: Path) -> bool:
-    return any(files(folder, PROCESSING_FILES))
 
 
 def _converted(folder: Path) -> dict[str, Any]:
@@ -129,11 +144,6 @@ def _converted(folder: Path) -> dict[str, Any]:
 def _plain(token: str) -> dict[str, Any]:
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
     return {"content": token, **flags, "normalized": True}
-
-
-def _numbered(tokens: Mapping[str, Mapping[str, Any]], numbers: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    for token, settings in tokens.items():
-        yield {**settings, "id": numbers[token]}
 
 
 def _merges(model: Mapping[str, Any], other: Tokenizer, new: set[str]) -> dict[str, Any]:

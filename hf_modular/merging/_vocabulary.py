@@ -26,9 +26,11 @@ from hf_modular.merging._sources import Source
 from hf_modular.merging._tokenizers import Tokenizer, load_tokenizer, same_files, union, with_tokens
 
 ABSENT = -2  # not -1: the row after it would look like its successor
+_SHOWN = 5  # tokens that are noted
 _ROWS = 512  # read at a time for a mean
 
 Lender = tuple[Inputs, int]  # a model and one of its rows
+Given = dict[int, tuple[list[tuple[str, int]], bool]]  # row -> the rows it comes from, and whether for all models
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,7 +159,7 @@ class _Vocabularies:
     def result(self) -> Vocabulary:
         choice = self.recipe.tokenizer_choice
         plain = choice is None or not _needs_tokenizers(choice)
-        if plain and self._one_shape() and same_files([source.folder for source in self.sources.values()]):
+        if plain and self._one_shape() and same_files([source.processing for source in self.sources.values()]):
             return Vocabulary(self.sources)  # without asking transformers, which takes seconds to import
         if choice is None and self._one_shape():
             return self._alike()
@@ -193,7 +195,7 @@ class _Vocabularies:
     @cached_property
     def tokenizers(self) -> dict[str, Tokenizer]:
         """The tokenizers of the models that have one; where all are the same, they are one."""
-        found = {name: load_tokenizer(name, source.folder) for name, source in self.sources.items()}
+        found = {name: load_tokenizer(name, source.processing) for name, source in self.sources.items()}
         return {name: tokenizer for name, tokenizer in found.items() if tokenizer}
 
     def _refuse_choice(self) -> Vocabulary:
@@ -215,7 +217,7 @@ class _Vocabularies:
         )
         rows = {name: range(min(own, size)) for name, own in sizes.items()}
         models = self._aligned(size, {name: dict(zip(of, of, strict=True)) for name, of in rows.items()}, {})
-        tokenizer = load_tokenizer(self.recipe.tokenizer_model, self.sources[self.recipe.tokenizer_model].folder)
+        tokenizer = load_tokenizer(self.recipe.tokenizer_model, self.sources[self.recipe.tokenizer_model].processing)
         if tokenizer and policy == "truncate" and (last := max(tokenizer.vocabulary.values())) >= size:
             problems.append(
                 f"the tokenizer of {tokenizer.reference} has tokens up to {last}, but `vocab: truncate` leaves {size} "
@@ -262,7 +264,11 @@ class _Vocabularies:
         if plain and {*self.sizes.values()} == {size} and all(v == result.vocabulary for v in vocabularies.values()):
             return Vocabulary(self.sources, notes=notes)
         rows = {name: self._rows(name, vocabularies[name], result.vocabulary, size) for name in self.sizes}
-        given = self._given(choice.tokens, result.vocabulary, vocabularies)
+        held = {row for own in rows.values() for row in own}
+        orphans: Given = {row: ([], False) for row in result.vocabulary.values() if row not in held}
+        given = orphans | self._given(choice.tokens, result.vocabulary, vocabularies)
+        named = [token for token, row in result.vocabulary.items() if row in orphans and not given[row][0]]
+        notes += [f"no model has an embedding of the token {token!r}: it is zeros" for token in named[:_SHOWN]]
         models = self._aligned(size, rows, given)
         return Vocabulary(models, self._config(size), tokenizer, notes)
 
@@ -277,9 +283,9 @@ class _Vocabularies:
         tokens: Mapping[str, TokenChoice],
         result: Mapping[str, int],
         vocabularies: Mapping[str, Mapping[str, int]],
-    ) -> dict[int, tuple[list[tuple[str, int]], bool]]:
+    ) -> Given:
         """Of the rows whose embeddings the recipe gives: where they come from, and whether for all models."""
-        found: dict[int, tuple[list[tuple[str, int]], bool]] = {}
+        found: Given = {}
         for token, choice in tokens.items():
             if isinstance(choice.source, TokenOrigin) and choice.source.kind == "zero":
                 found[result[token]] = ([], choice.force)
@@ -307,7 +313,7 @@ class _Vocabularies:
         self,
         size: int,
         rows: Mapping[str, Mapping[int, int]],
-        given: Mapping[int, tuple[list[tuple[str, int]], bool]],
+        given: Given,
     ) -> dict[str, Inputs]:
         """The models with `size` rows, of which they have those in `rows`."""
         forced = {row for row, (_, force) in given.items() if force}
