@@ -164,8 +164,10 @@ def _whole(recipe: MergeRecipe, models: Mapping[str, Source], views: Mapping[str
 
 def misfits(plan: Mapping[str, TensorLike], reference: Source, changes: Mapping[str, Any]) -> Iterator[str]:
     """How the result differs from the model that transformers would build by its config, where that was changed."""
+    if not changes:  # and transformers is not asked: to import it takes seconds
+        return
     before = known(reference)
-    if not changes or not reference.tensors.keys() <= before.shapes.keys():
+    if not reference.tensors.keys() <= before.shapes.keys():
         return
     after = architecture({**reference.config, **changes})
     if not after.shapes:

@@ -97,12 +97,12 @@ class Engine:
         dtype = self._dtypes[piece.name]
         kinds = [kind for kind, those in self.companions.items() if piece.name in those[0].tensors]
         sources = [*self._sources, *chain.from_iterable(self.companions[kind] for kind in kinds)]
-        rows = self._buffer(len(sources), piece, dtype)
+        memory, rows = self._memory_for(len(sources), piece, dtype)
         for row, source in zip(rows, sources, strict=True):
             source.fill(piece.name, piece.start, row)
         shape = tuple(self.plan[piece.name].shape) if piece.whole else (piece.size,)
-        numbers = rows[: len(self._sources)].view(len(self._sources), *shape)
-        beside = rows[len(self._sources) :].view(len(kinds), len(self.models), *shape)
+        numbers = memory[: len(self._sources)].view(len(self._sources), *shape)
+        beside = memory[len(self._sources) :].view(len(kinds), len(self.models), *shape)
         resolved = self.settings[piece.name]
         return Stack(
             name=piece.name,
@@ -176,9 +176,9 @@ class Engine:
                     f"{method.name!r} must keep the shape of {piece.name}, {tuple(stack.base.shape)}, "
                     f"but made it {tuple(merged.shape)}"
                 )
-            merged = merged.to(self.plan[piece.name].dtype)
+            merged = merged.to(self.plan[piece.name].dtype).reshape(-1).cpu()
             check_finite(piece.name, merged, self._labelled(stack))
-            return merged.reshape(-1).cpu()
+            return merged
 
     def _copied(self, piece: Piece) -> Tensor:  # (size,)
         """What holds no floating-point numbers is the base's; a difference is noted."""
@@ -225,14 +225,17 @@ class Engine:
         with self._memory.take(2 * rows * piece.size * torch.float32.itemsize):
             yield
 
-    def _buffer(self, rows: int, piece: Piece, dtype: torch.dtype) -> Tensor:  # (rows, size)
-        need = rows * piece.size
-        if piece.whole:
-            return torch.empty(rows, piece.size, dtype=dtype, device=self.device)
+    def _memory_for(self, rows: int, piece: Piece, dtype: torch.dtype) -> tuple[Tensor, Sequence[Tensor]]:
+        """(rows, size), and each row; for blocks of the usual size always the same, for views take time to make."""
+        if piece.whole or piece.size not in (self.block, BLOCK):
+            memory = torch.empty(rows, piece.size, dtype=dtype, device=self.device)
+            return memory, memory.unbind()
         kept = self._kept.__dict__  # this thread's
-        if str(dtype) not in kept or kept[str(dtype)].numel() < need:
-            kept[str(dtype)] = torch.empty(need, dtype=dtype, device=self.device)
-        return kept[str(dtype)][:need].view(rows, piece.size)
+        if (key := f"{rows} {piece.size} {dtype}") not in kept:
+            memory = torch.empty(rows, piece.size, dtype=dtype, device=self.device)
+            kept[key] = memory, memory.unbind()
+        found: tuple[Tensor, Sequence[Tensor]] = kept[key]
+        return found
 
 
 @contextmanager
