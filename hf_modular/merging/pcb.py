@@ -8,6 +8,8 @@ For n models and dᵢ = Wᵢ - W₀, where clip is to the quantiles winsor and 1
     drop and rescale  sᵢ = mm(max(Iᵢ Xᵢ, its quantile 1 - density))      (equations 3, 4)
     W = W₀ + λ Σᵢ wᵢ sᵢ tᵢ / Σᵢ sᵢ                                       (equation 5)
 
+With `drop` dᵢ is thinned by DARE first: mᵢ ⊙ (Wᵢ - W₀)/(1 - drop), mᵢ ~ Bernoulli(1 - drop) for each element.
+
 An element that no model keeps is the base's. There is no vote on signs: where models disagree, products are negative
 and fall below the quantile. The paper writes softmax, which underflows over a whole model; its code has exp and tanh
 as above. "scale_invariant" is that of its evolutionary variant and closest to the paper, "raw" (with winsor=1e-4 or
@@ -80,6 +82,9 @@ class PCBConfig(MergeMethod):
     scope: Literal["global", "tensor"] = field(
         default="global", metadata={"help": "Whether quantiles are those of the whole model or of each tensor."}
     )
+    drop: float = field(
+        default=0.0, metadata={"help": "The share of each task vector that DARE drops first.", "law": "[0, 1)"}
+    )
 
     @property
     def elementwise(self) -> bool:
@@ -90,8 +95,8 @@ class PCBConfig(MergeMethod):
         return "model" if self.scope == "global" else "tensor"
 
     def survey(self, stacks: Stacks) -> Survey:
-        sizes = Range.of(order_statistics(stacks, lambda stack: stack.deltas.abs_(), self._clipped_ranks))
-        scores = order_statistics(stacks, lambda stack: self._scores(stack.deltas, sizes), self._kept_ranks)
+        sizes = Range.of(order_statistics(stacks, lambda stack: self._deltas(stack).abs_(), self._clipped_ranks))
+        scores = order_statistics(stacks, lambda stack: self._scores(self._deltas(stack), sizes), self._kept_ranks)
         return Survey(sizes, Range.of(scores))
 
     def merge(self, stack: Stack, survey: Survey) -> Tensor:
@@ -104,11 +109,18 @@ class PCBConfig(MergeMethod):
         }
 
     def _merged(self, stack: Stack, survey: Survey) -> Tensor:  # (size,)
-        deltas = stack.deltas
+        deltas = self._deltas(stack)
         shares = survey.scores.normalize_(self._scores(deltas, survey.sizes))
         clipped = survey.sizes.clip(deltas.abs()).mul_(deltas.sign_())
         mixed = weighted_sum(stack.weights, clipped.mul_(shares))
         return mixed.div_(_sum(shares).clamp_(min=1e-12)).mul_(self.scale).add_(stack.base)
+
+    def _deltas(self, stack: Stack) -> Tensor:  # (n, size)
+        deltas = stack.deltas
+        if self.drop:
+            for i, delta in enumerate(deltas):
+                delta.mul_(stack.bernoulli(i, 1 - self.drop)).mul_(1 / (1 - self.drop))
+        return deltas
 
     def _scores(self, deltas: Tensor, sizes: Range) -> Tensor:  # (n, size)
         """Iᵢ Xᵢ / exp(n)"""
