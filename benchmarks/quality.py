@@ -40,6 +40,7 @@ class Case:
     method: str  # has one learning rate for all its cases
     config: Callable[[str], Any]  # suite -> a config of PEFT; None for the whole encoder
     beside: str | None = None  # the case of LoRA that has as many parameters
+    suites: tuple[str, ...] = SUITES
 
 
 def everywhere(kind: str, **settings: Any) -> Callable[[str], Any]:
@@ -73,11 +74,12 @@ CASES = (
     Case("LoRA r=1", "LoRA", everywhere("LoraConfig", r=1, lora_alpha=1)),
     Case("LoRA r=2", "LoRA", everywhere("LoraConfig", r=2, lora_alpha=2)),
     Case("LoRA r=8 (default)", "LoRA", everywhere("LoraConfig", r=8, lora_alpha=8)),
-    Case("LoRA r=9", "LoRA", everywhere("LoraConfig", r=9, lora_alpha=9)),
-    Case("HUT r=8 (default)", "HUT", everywhere("HUTConfig"), "LoRA r=9"),
+    Case("LoRA r=9", "LoRA", everywhere("LoraConfig", r=9, lora_alpha=9), suites=("digits",)),
+    Case("HUT r=8 (default)", "HUT", everywhere("HUTConfig"), "LoRA r=9", suites=("digits",)),
+    Case("HUT r=7", "HUT", everywhere("HUTConfig", r=7), "LoRA r=8 (default)", suites=("text",)),
     Case("SSF (default)", "SSF", everywhere("SSFConfig"), "LoRA r=1"),
     Case("MoS budget 2 (default)", "MoS", everywhere("MoSConfig"), "LoRA r=2"),
-    Case("MoS budget 8", "MoS", everywhere("MoSConfig", budget_r=8), "LoRA r=8 (default)"),
+    Case("MoS budget 8", "MoS", everywhere("MoSConfig", budget_r=8), "LoRA r=8 (default)", suites=("digits",)),
     Case("FLoRA r=8 (default)", "FLoRA", everywhere("FLoRAConfig"), "LoRA r=8 (default)"),
     Case("Compacter (default)", "Compacter", compacter(digits={"reduction_factor": 24}, text={}), "LoRA r=1"),
     Case(
@@ -88,7 +90,13 @@ CASES = (
     ),
 )
 BY_NAME = {case.name: case for case in CASES}
-# For the rate of a method: the case that is tried out, and the rate to begin with, in each suite.
+
+
+def cases_of(suite: str) -> list[Case]:
+    return [case for case in CASES if suite in case.suites]
+
+
+# For the rate of a method: the case that is tried out (or the only one), and the rate to begin with in each suite.
 SEARCHES = {
     "full": ("full fine-tuning", {"digits": 1e-3, "text": 1e-4}),
     "LoRA": ("LoRA r=8 (default)", {"digits": 1e-2, "text": 3e-3}),
@@ -117,7 +125,7 @@ class Plan:
 
 FULL = {
     "digits": Plan("digits", "", epochs=10, tries=4),
-    "text": Plan("text", "", epochs=2, tries=3, search_tasks=("verb", "match")),
+    "text": Plan("text", "", epochs=3, tries=3, search_tasks=("verb",)),
 }
 
 
@@ -243,7 +251,9 @@ class Ledger:
         return {m: dict(sorted(found.items(), key=lambda pair: -pair[1])) for m, found in tried.items()}
 
     def _trials(self, method: str, rate: float, tasks: Sequence[str]) -> list[Job]:
-        return [Job(self.plan, SEARCHES[method][0], task, self.plan.seeds[0], rate) for task in tasks]
+        mine = [case.name for case in cases_of(self.plan.suite) if case.method == method]
+        case = SEARCHES[method][0] if SEARCHES[method][0] in mine else mine[0]
+        return [Job(self.plan, case, task, self.plan.seeds[0], rate) for task in tasks]
 
 
 def next_rate(tried: dict[float, float], start: float) -> float | None:
@@ -262,9 +272,9 @@ def _parsed(line: str) -> dict[str, Any] | None:
         return None
 
 
-def run(plan: Plan, ledger: Ledger, cases: Sequence[Case] = CASES) -> dict[str, Any]:
+def run(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     """All results of one suite."""
-    suite = load_suite(plan)
+    suite, cases = load_suite(plan), cases_of(plan.suite)
     methods = dict.fromkeys(case.method for case in cases)
     tried = ledger.choose(methods, plan.search_tasks or tuple(suite.tasks))
     rates = {method: next(iter(found)) for method, found in tried.items()}

@@ -89,7 +89,7 @@ def fingerprint(classes: Iterable[str], splits: Mapping[str, Split]) -> str:
     """The sha256 of some data: names, types, shapes and bytes."""
     digest = hashlib.sha256(repr(tuple(classes)).encode())
     for name, split in splits.items():
-        for key, values in {**split.inputs, "labels": split.labels}.items():
+        for key, values in [*sorted(split.inputs.items()), ("labels", split.labels)]:
             digest.update(repr((name, key, values.dtype, tuple(values.shape))).encode())
             digest.update(values.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -6,7 +6,6 @@ task's sha256 is the same.
 """
 
 import ast
-import hashlib
 import platform
 import random
 import re
@@ -16,7 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version as find_version
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +27,21 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to
 SHORTEST, SAME = 40, 160  # characters: of a text; and two texts that begin with as many equal ones are one
 CAP, LEAST = 300, 60  # texts of a class; with fewer it is left out
 
-VERBS = "add check compute convert create find get load make parse read set write".split()
+VERBS = (
+    "add",
+    "check",
+    "compute",
+    "convert",
+    "create",
+    "find",
+    "get",
+    "load",
+    "make",
+    "parse",
+    "read",
+    "set",
+    "write",
+)
 SECTIONS = ("Attributes", "Examples", "Notes", "Parameters", "Raises", "References", "Returns", "See Also")
 EXCEPTIONS = (
     "AttributeError",
@@ -70,10 +83,10 @@ class Message:
     text: str
 
 
-def version() -> str:
-    """What the texts depend on: the versions of all that is read, and this file."""
-    found = [platform.python_version(), *(f"{name} {find_version(PACKAGES.get(name, name))}" for name in LIBRARIES)]
-    return "; ".join([*found, hashlib.sha256(Path(__file__).read_bytes()).hexdigest()])
+def versions() -> str:
+    """Of all that is read."""
+    found = [f"{name} {version(PACKAGES.get(name, name))}" for name in LIBRARIES]
+    return "; ".join([f"Python {platform.python_version()}", *found])
 
 
 @cache
@@ -170,7 +183,7 @@ def match() -> list[Example]:
         some = random.Random(0).sample(sorted(known.values(), key=lambda f: (f.name, f.doc)), min(len(known), CAP))
         for number, (one, other) in enumerate(zip(some[::2], some[1::2], strict=False)):
             for function, text in ((one, one), (other, other)) if number % 2 else ((one, other), (other, one)):
-                arguments = textwrap.shorten(function.arguments, 60, placeholder=" …")
+                arguments = textwrap.shorten(function.arguments, 40, placeholder=" …")
                 examples.append(Example(arguments, MATCHES[function is text], _tidy(text.doc)))
     return examples
 

