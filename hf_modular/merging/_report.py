@@ -33,6 +33,7 @@ class MergeReport:
         device: Where the arithmetic was done.
         notes: What was decided and may surprise.
         versions: Of the software that the result may depend on.
+        distances: How far models are from the base, or else the first model, as parts of that one's norm, on a sample.
         facts: What the method found out of the whole models, such as norms and quantiles.
     """
 
@@ -50,6 +51,7 @@ class MergeReport:
     device: str
     notes: list[str]
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    distances: dict[str, dict[str, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:

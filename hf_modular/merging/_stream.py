@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from hf_modular import merging
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
 from hf_modular.merging._assembly import Assembly, Part, assemble
 from hf_modular.merging._companions import Companion, companion_problems, is_root, without
+from hf_modular.merging._descent import distances, strangers
 from hf_modular.merging._engine import Engine
 from hf_modular.merging._method import MergeMethod, Parts
 from hf_modular.merging._one_by_one import one_by_one
@@ -176,12 +178,25 @@ class _Job:
             for kind, names in self.recipe.companions.items()
         }
 
+    @cached_property
+    def distances(self) -> dict[str, dict[str, float]]:
+        """How far models are from the base, or else the first model, each as a part of that one's norm."""
+        found: dict[str, dict[str, float]] = {}
+        steps = self.recipe.merge_method in merging.PARTS  # whose state is no model
+        for part in [] if steps else self.assembly.parts:
+            origin = part.base or part.models[0]
+            apart = found.setdefault(origin.reference, {})
+            for model, distance in distances(origin, part.models, part.plan).items():
+                apart[model] = max(distance, apart.get(model, 0.0))
+        return found
+
     @property
     def notes(self) -> list[str]:
         """What was decided and may surprise."""
         engines = self.engines
         return [
             *self.assembly.notes,
+            *(note for origin, apart in self.distances.items() for note in strangers(origin, apart)),
             *dict.fromkeys(note for engine in engines for note in engine.notes),
             *(note for engine in engines for note in without(engine.plan, engine.companions)),
             *_code_notes(self.reference),
@@ -325,6 +340,7 @@ class _Job:
             workers=pool.count,
             device=str(self.device),
             notes=self.notes,
+            distances=self.distances,
             facts={key: fact for engine in self.engines for key, fact in engine.facts.items()},
         )
 
