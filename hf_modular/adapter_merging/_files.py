@@ -100,9 +100,9 @@ class _FileAdapter:
 
     @cached_property
     def own(self) -> list[str]:
-        """The names of its parameters in the file."""
+        """The names of its parameters in the file, those among them that its layers share and the tuner has."""
         part = f".{prefix_of(self.config)}"
-        return [name for name in self.weights.tensors if part in name]
+        return [name for name in self.weights.tensors if part in name or _is_tuners(name)]
 
     @cached_property
     def whole(self) -> dict[str, Tensor]:
@@ -114,7 +114,8 @@ class _FileAdapter:
         return widest(self.weights.tensors[name].dtype for name in self.own)
 
     def tensors(self) -> dict[str, Tensor]:
-        return {f"{PREFIX}{name.removeprefix(PREFIX)}": self.weights.read(name) for name in self.own}
+        full = {name: name if _is_tuners(name) else f"{PREFIX}{name.removeprefix(PREFIX)}" for name in self.own}
+        return {name: self.weights.read(stored) for stored, name in full.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,6 +288,10 @@ class BaseFolder:
         prefix = f"{getattr(self.model, 'base_model_prefix', '')}."
         candidates = (name, name.removeprefix(prefix), f"{prefix}{name}")
         return next((found for found in candidates if found in self.weights.tensors), None)
+
+
+def _is_tuners(name: str) -> bool:
+    return name.startswith("base_model.") and not name.startswith(PREFIX)
 
 
 def _wide(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ fp32, is merged with that adapter alone, and the difference taken: whatever merg
 """
 
 import copy
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from hf_modular.adapters._layer import AdapterLayer
 from hf_modular.adapters._layout import is_plain, layout_of
 from hf_modular.adapters._method import Site
 
+# types that compute indices from their config or read them apart, for which layers must be on the CPU
+_COMPUTES = ("OFT", "SHIRA", "UNILORA")
+_UNUSED = re.compile(r"\.(?:base_layer|ranknum)\.")  # elsewhere, or in training only
 _PLAIN_LORA = ("MiCA", "Velora")  # variants that differ in training only
 
 
@@ -117,7 +121,14 @@ class LiveAdapter:
         copied = copy.deepcopy(layer)
         copied = (copied if _dtype(copied) == torch.float64 else copied.float()).eval()
         before = layer_tensors(name, copied.get_base_layer())
-        copied.merge(adapter_names=[self.name])
+        try:
+            copied.merge(adapter_names=[self.name])
+        except NotImplementedError as error:
+            kind = self.config.peft_type.value
+            raise ValueError(
+                f"{self.reference} ({kind}) cannot be merged: its effect on layer '{name}' is no change of its weight. "
+                f"{error}"
+            ) from error
         after = layer_tensors(name, copied.get_base_layer())
         weight = Dense((after[0] - before[0]).reshape(len(after[0]), -1))
         if before[1] is None or after[1] is None or torch.equal(before[1], after[1]):
@@ -176,19 +187,49 @@ def prefix_of(config: Any) -> str:
 
 def set_up(reference: str, base: nn.Module, config: Any, tensors: Mapping[str, Tensor]) -> PeftModel:
     """A model whose adapter has its tensors, and whose own weights have no memory."""
-    model = get_peft_model(base, config)
-    tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
-    state = tuner._remap_adapter_state_dict_for_load(
-        model=model, config=config, adapter_name="default", state_dict=dict(tensors)
-    )
-    unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
-    absent = [name for name, p in model.named_parameters() if p.is_meta and prefix_of(config) in name]
-    if unexpected or absent:
-        raise ValueError(
-            f"{reference} ({config.peft_type.value}) does not fit its base model, or cannot be read without it: "
-            f"lacking are {absent[:3]}, unknown are {unexpected[:3]}. Load both, and merge the adapters in memory."
+    kind = config.peft_type.value
+    if kind in _COMPUTES:
+        _put_in_one_number(base)
+    try:
+        model = get_peft_model(base, config)
+        tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+        state = tuner._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name="default", state_dict=dict(tensors)
         )
+        unexpected = model.load_state_dict(state, strict=False, assign=True).unexpected_keys
+    except (NotImplementedError, RuntimeError, ValueError) as error:
+        raise ValueError(f"{_unreadable(reference, kind)} {error}") from error
+    needed = [(name, tensor) for name, tensor in _held(model) if not _UNUSED.search(name)]
+    absent = [name for name, tensor in needed if tensor.is_meta]
+    if unexpected or absent:
+        raise ValueError(f"{_unreadable(reference, kind)} lacking are {absent[:3]}, unknown are {unexpected[:3]}.")
     return model
+
+
+def _unreadable(reference: str, kind: str) -> str:
+    return (
+        f"{reference} ({kind}) does not fit its base model, or is of a type that cannot be read without the model's "
+        "weights: load both, and merge the adapters in memory. In detail:"
+    )
+
+
+def _held(model: PeftModel) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of the layers that are adapted, and of what adapters share."""
+    own = {id(module) for module in model.modules() if isinstance(module, BaseTunerLayer)}
+    for name, module in model.named_modules():
+        if id(module) in own or module is model.base_model:
+            for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+                if module is not model.base_model or not key.startswith("model."):
+                    yield f"{name}.{key}", tensor
+
+
+def _put_in_one_number(base: nn.Module) -> None:
+    """Weights on the CPU, of which each is one zero that is read again and again."""
+    for module in base.modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                zeros = torch.zeros((), dtype=parameter.dtype).expand(parameter.shape)
+                module._parameters[key] = nn.Parameter(zeros, requires_grad=False)
 
 
 def layer_tensors(name: str, layer: Any) -> tuple[Tensor, Tensor | None]:
