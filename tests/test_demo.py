@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,3 +229,10 @@ def test_the_notes_say_what_merging_gains_and_loses() -> None:
 
 def test_the_table_shows_the_spread_over_seeds() -> None:
     assert "70.2 ± 0.2" in report.table(list(rows(0.8)))
+
+
+def test_only_the_one_message_of_bitsandbytes_is_kept_back(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no module")
+    logger.warning("Another message")
+    assert [record.message for record in caplog.records] == ["Another message"]
