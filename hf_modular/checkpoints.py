@@ -510,9 +510,14 @@ def _inside(folder: Path, name: str, index: Path) -> Path:
     file = folder / path
     if not file.exists():
         raise FileNotFoundError(f"{index} names {name}, but there is no such file in {folder}")
+    refuse_outside(file, folder)
+    return file
+
+
+def refuse_outside(file: Path, folder: Path) -> None:
+    """A file of a folder must not be a link that leads elsewhere, but for those of the Hub's cache."""
     if not any(file.resolve().is_relative_to(root) for root in _roots(folder.resolve())):
         raise ValueError(f"{file} must not be a link out of its folder, but leads to {file.resolve()}")
-    return file
 
 
 def _roots(folder: Path) -> Iterator[Path]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hf_modular.checkpoints import INDEX, WEIGHTS, Checkpoint, TensorInfo
+from hf_modular.checkpoints import INDEX, WEIGHTS, Checkpoint, TensorInfo, refuse_outside
 from hf_modular.merging._computed import ComputedCheckpoint
 from hf_modular.merging._quantised import dequantised, quantisation
 
@@ -37,6 +37,7 @@ PROCESSING_FILES = (
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", *PROCESSING_FILES)
 Precision = Literal["original", "dequantized"]
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".spm", ".tiktoken")
+_TEXT = 1 << 28  # bytes of a JSON file; those of tokenizers have some ten million
 _BUFFER = 1 << 20  # bytes of a reading buffer that is kept
 _KEPT = local()
 
@@ -97,6 +98,8 @@ class Source:
     def config(self) -> dict[str, Any]:
         """What the model's `config.json` must say; empty where there is none."""
         path = self.folder / CONFIG
+        if path.is_file():
+            refuse_outside(path, self.folder)
         return changed(read_object(path), self.changes) if path.is_file() else {}
 
     def fill(self, name: str, start: int, out: Tensor) -> None:
@@ -209,14 +212,17 @@ def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
-    """The files in a folder itself that patterns name, without code, pickles and links to nothing."""
+    """The files in a folder itself that patterns name, without code, pickles and links to nothing or elsewhere."""
     for path in sorted(folder.iterdir()):
         if path.suffix in _SUFFIXES and path.is_file() and any(path.match(pattern) for pattern in patterns):
+            refuse_outside(path, folder)
             yield path
 
 
 def read_object(path: Path) -> dict[str, Any]:
     """A JSON object from a file."""
+    if path.stat().st_size > _TEXT:
+        raise ValueError(f"{path} must have at most {_TEXT} bytes, but has {path.stat().st_size}")
     try:
         found = json.loads(path.read_text("utf-8"))
     except (ValueError, RecursionError) as error:
