@@ -126,8 +126,7 @@ class LiveAdapter:
         except NotImplementedError as error:
             kind = self.config.peft_type.value
             raise ValueError(
-                f"{self.reference} ({kind}) cannot be merged: its effect on layer '{name}' is no change of its weight. "
-                f"{error}"
+                f"{self.reference} ({kind}) cannot be merged: its effect on '{name}' changes no weight. {error}"
             ) from error
         after = layer_tensors(name, copied.get_base_layer())
         weight = Dense((after[0] - before[0]).reshape(len(after[0]), -1))
