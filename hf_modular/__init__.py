@@ -20,7 +20,15 @@ if TYPE_CHECKING:
         merge_adapter_files,
         merge_adapters,
     )
-    from hf_modular.adapters import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
+    from hf_modular.adapters import (
+        CompacterConfig,
+        FLoRAConfig,
+        HUTConfig,
+        MoSConfig,
+        SSFConfig,
+        hotswap_adapter,
+        to_lora,
+    )
     from hf_modular.fisher import fisher_information
     from hf_modular.hub import push_to_hub
     from hf_modular.merging import (
@@ -89,6 +97,7 @@ _HOME = {
     "add_task": "adapter_merging",
     "extract_adapter": "adapter_merging",
     "fisher_information": "fisher",
+    "hotswap_adapter": "adapters",
     "merge": "merging",
     "merge_adapter_files": "adapter_merging",
     "merge_adapters": "adapter_merging",
@@ -135,6 +144,7 @@ __all__ = [
     "add_task",
     "extract_adapter",
     "fisher_information",
+    "hotswap_adapter",
     "merge",
     "merge_adapter_files",
     "merge_adapters",

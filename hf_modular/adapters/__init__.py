@@ -1,6 +1,7 @@
 """Adapter methods. Importing this package registers them with PEFT."""
 
 from hf_modular.adapters._convert import to_lora
+from hf_modular.adapters._hotswap import hotswap_adapter
 from hf_modular.adapters._method import Adapter, AdapterConfig, Site
 from hf_modular.adapters._peft import PeftContractError, PeftTypeConflictError, register
 from hf_modular.adapters._tasks import TasksModel
@@ -53,6 +54,7 @@ __all__ = [
     "SSFConfig",
     "SSFModel",
     "Site",
+    "hotswap_adapter",
     "register",
     "to_lora",
 ]
