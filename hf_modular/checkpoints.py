@@ -280,8 +280,7 @@ class CheckpointWriter:
         comes last.
         """
         self.sync()
-        if len(self._shards) > 1:
-            self._write_index()
+        self.write_index()
         for path in self._staged():
             _sync(path)
         self._journal.add(_REMOVING)
@@ -350,7 +349,10 @@ class CheckpointWriter:
         self.sync()
         self._journal.finish(noted)
 
-    def _write_index(self) -> None:
+    def write_index(self) -> None:
+        """Say which file holds which tensor, if there are several; `commit` does it."""
+        if len(self._shards) == 1:
+            return
         sizes = [tensor.nbytes for tensors in self._shards.values() for tensor in tensors.values()]
         files = {name: file for file, tensors in self._shards.items() for name in tensors}
         index = {"metadata": {"total_size": sum(sizes)}, "weight_map": dict(sorted(files.items()))}

@@ -36,18 +36,18 @@ class ComputedCheckpoint(Checkpoint):
         self.path, self.files, self.tensors = path, list(files), dict(tensors)
         self._descriptors: dict[Path, int] = {}
         self._lock = Lock()
-        self._groups = groups  # name of a tensor -> name of its group, and the group
+        self.groups = groups  # name of a tensor -> name of its group, and the group
         self._small: dict[str, Tensor] = {}
         self._recent: OrderedDict[str, Mapping[str, Tensor]] = OrderedDict()
         self._working: dict[str, Lock] = {}
 
     def computed(self, name: str) -> Tensor | None:
         """A computed tensor, flat and as precise as it is; None for one that is stored."""
-        if name not in self._groups:
+        if name not in self.groups:
             return None
         if (small := self._small.get(name)) is not None:
             return small
-        key, compute = self._groups[name]
+        key, compute = self.groups[name]
         with self._lock:
             working = self._working.setdefault(key, Lock())
         with working:  # one thread computes, others that need the same wait

@@ -35,6 +35,7 @@ class MergeReport:
         versions: Of the software that the result may depend on.
         distances: How far models are from the base, or else the first model, as parts of that one's norm, on a sample.
         facts: What the method found out of the whole models, such as norms and quantiles.
+        verification: What was found when the result was read again; empty if it was not.
     """
 
     merge_method: str
@@ -53,6 +54,7 @@ class MergeReport:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     distances: dict[str, dict[str, float]] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
+    verification: dict[str, Any] = field(default_factory=dict)
 
     def save(self, folder: str | Path) -> None:
         (Path(folder) / REPORT).write_text(self.to_json() + "\n", "utf-8")

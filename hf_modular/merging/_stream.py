@@ -49,6 +49,7 @@ def merge(
     max_shard_size: int | str = "5GB",
     hashes: bool = True,
     resume: bool = False,
+    verify: bool = False,
 ) -> MergeReport:
     """Merge checkpoints into a folder that transformers loads.
 
@@ -67,6 +68,9 @@ def merge(
         hashes: Note the SHA-256 of all files of weights in the report.
         resume: Go on where the same merge was killed, if it was; the result is the same. The recipe, the versions,
             the shard size and the input files (by size, time of change and header) must be too.
+        verify: Read the result again before it is made visible: compute a sample of tensors anew, load the model in
+            transformers if it fits in memory, and compare it with the adapter that it was made of, if it was. What is
+            not as it must be is an error, and then nothing is kept. The command line does it by default.
 
     Returns:
         What was done. It is saved in the folder as `merge_report.json`, beside `merge_recipe.yaml`, which gives the
@@ -82,7 +86,8 @@ def merge(
         ranks.together(lambda: refuse(job.problems(Path(output_dir), overwrite=overwrite, resume=resume)))
         if parts := job.method.one_by_one:
             given: Any = {"device": device, "workers": workers, "progress": progress, "overwrite": overwrite}
-            run = partial(merge, **given | {"max_shard_size": max_shard_size, "hashes": hashes, "resume": resume})
+            given |= {"max_shard_size": max_shard_size, "hashes": hashes, "resume": resume, "verify": verify}
+            run = partial(merge, **given)
             return job.run_parts(parts, Path(output_dir), run, ranks, hashes=hashes, resume=resume, started=started)
         options = {
             "max_shard_size": max_shard_size,
@@ -95,7 +100,8 @@ def merge(
         if not writer.committed:
             pool = stack.enter_context(Workers(workers))  # after the writer: ends before the files are closed
             notes = ranks.together(lambda: job.run(writer, pool, ranks, finished, progress=progress))
-            ranks.together(lambda: job.finish(writer, pool, ranks, notes, hashes=hashes, started=started))
+            finish = partial(job.finish, hashes=hashes, verified=verify, started=started)
+            ranks.together(lambda: finish(writer, pool, ranks, notes))
     report = MergeReport.load(output_dir)
     for note in report.notes if ranks.first else []:
         warnings.warn(note, stacklevel=2)
@@ -195,6 +201,7 @@ class _Job:
         """What was decided and may surprise."""
         engines = self.engines
         return [
+            *(note for source in self.sources.values() for note in source.notes),
             *self.assembly.notes,
             *(note for origin, apart in self.distances.items() for note in strangers(origin, apart)),
             *dict.fromkeys(note for engine in engines for note in engine.notes),
@@ -215,6 +222,7 @@ class _Job:
         yield from _space_problems(output, state + sum(tensor.nbytes for tensor in self.plan.values()))
         yield from _device_problems(self.device)
         yield from _config_problems({source.reference: source for source in (self.reference, *self.models)}.values())
+        yield from (problem for source in self.sources.values() for problem in source.problems)
         yield from self.assembly.problems
         yield from _refusals(lambda: self.beside)
         for part in self.assembly.parts:
@@ -251,7 +259,11 @@ class _Job:
             report = self.report([], pool, hashes=hashes, started=started)
         facts = {"models": state.models, "steps": state.facts, **last.facts}
         report = replace(
-            report, outputs=last.outputs, notes=[*dict.fromkeys([*report.notes, *last.notes])], facts=facts
+            report,
+            outputs=last.outputs,
+            notes=[*dict.fromkeys([*report.notes, *last.notes])],
+            facts=facts,
+            verification=last.verification,
         )
         if ranks.first:
             self.add_settings(output)
@@ -282,6 +294,7 @@ class _Job:
         notes: Iterable[list[str]],
         *,
         hashes: bool,
+        verified: bool,
         started: float,
     ) -> None:
         """Add to the weights what belongs beside them and make all visible; the first process does it."""
@@ -289,8 +302,20 @@ class _Job:
             return
         self.engines[0].notes.update(dict.fromkeys(note for noted in notes for note in noted))
         self.add_settings(writer.staging)
-        self.report(writer.files, pool, hashes=hashes, started=started).save(writer.staging)
+        report = self.report(writer.files, pool, hashes=hashes, started=started)
+        if verified:
+            report = replace(report, verification=self.verify(writer))
+        report.save(writer.staging)
         writer.commit()
+
+    def verify(self, writer: CheckpointWriter) -> dict[str, Any]:
+        """Whether the files, which nobody sees yet, hold what they must."""
+        from hf_modular.merging._verify import Subject, verify
+
+        writer.sync()
+        writer.write_index()
+        sources = self.reference, [*self.sources.values()]
+        return verify(Subject(writer.staging, self.engines, *sources, seed=self.recipe.seed))
 
     def add_settings(self, folder: Path) -> None:
         """Write what the model needs beside its weights, and the recipe with the commits that were read."""
@@ -301,16 +326,17 @@ class _Job:
     def beside(self) -> Beside:
         """What belongs beside the weights: special tokens have the numbers that the tokenizer gives them."""
         recipe, reference = self.recipe, self.reference.folder
-        tokenizer = self.sources[recipe.tokenizer_model].folder
+        tokenizer = self.sources[recipe.tokenizer_model].processing
         other = tokenizer != reference
         return Beside(
             model=reference,
             tokenizer=tokenizer,
-            config=config_changes(self.reference.config, recipe.result_dtype)
+            config=self.reference.changes
+            | config_changes(self.reference.config, recipe.result_dtype)
             | self.assembly.config
             | (token_numbers(tokenizer, generation=False) if other else {}),
             generation=token_numbers(tokenizer, generation=True) if other else {},
-            chat_template=chat_template(recipe.chat_template, {s.reference: s.folder for s in self.models}),
+            chat_template=chat_template(recipe.chat_template, {s.reference: s.processing for s in self.models}),
             united=self.assembly.tokenizer,
         )
 
@@ -323,7 +349,7 @@ class _Job:
         files = [*dict.fromkeys(file for source in self.sources.values() for file in source.weights.files), *weights]
         described = dict(zip(files, pool.map(partial(describe, hashes=hashes), files), strict=True))
         inputs = [
-            {"model": source.pinned, "files": {file.name: described[file] for file in source.weights.files}}
+            {"model": source.pinned, "files": {f.name: described[f] for f in source.weights.files}, **source.about}
             for source in self.sources.values()
         ]
         return MergeReport(
@@ -351,7 +377,7 @@ def _opened(recipe: MergeRecipe, stack: ExitStack) -> dict[str, Source]:
     problems: list[Exception] = []
     for reference in recipe.references:
         try:
-            sources[reference] = open_source(reference)
+            sources[reference] = open_source(reference, recipe.base_precision, any_base=recipe.adapter_base == "any")
             stack.callback(sources[reference].weights.close)
         except (ValueError, FileNotFoundError) as error:
             problems.append(error)

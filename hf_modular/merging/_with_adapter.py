@@ -34,9 +34,9 @@ def with_adapter(base: Source, reference: str, folder: Path, commit: str | None,
         raise ValueError(why)
     adapted, changes = _fitted(base, adapter)
     result = _Result(base, adapted, changes)
-    weights = ComputedCheckpoint(
-        base.folder, [*base.weights.files, *adapter.weights.files], result.tensors, result.groups
-    )
+    computed = base.weights.groups if isinstance(base.weights, ComputedCheckpoint) else {}
+    all_files = [*base.weights.files, *adapter.weights.files]
+    weights = ComputedCheckpoint(base.folder, all_files, result.tensors, {**computed, **result.groups})
     pinned = f"{reference.partition('@')[0]}@{commit}" if commit else reference
     return replace(
         base,
@@ -53,8 +53,13 @@ def with_adapter(base: Source, reference: str, folder: Path, commit: str | None,
 
 
 def _described(adapter: AdapterFolder, adapted: Adapted) -> dict[str, Any]:
-    rank = getattr(adapter.config, "r", None)
-    return {"peft_type": adapter.kind, "layers": len(adapted.layers), **({"rank": rank} if rank else {})}
+    rank, kind = getattr(adapter.config, "r", None), type(adapted.outline.model).__name__
+    return {
+        "peft_type": adapter.kind,
+        "layers": len(adapted.layers),
+        "model_class": kind,
+        **({"rank": rank} if rank else {}),
+    }
 
 
 # ---- which model the adapter belongs to
