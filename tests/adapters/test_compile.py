@@ -1,4 +1,4 @@
-"""`torch.compile` takes the adapted layers whole, in training and beside each other, and keeps what it has compiled."""
+"""`torch.compile` takes adapted layers whole, in training and inference, and keeps what it has compiled."""
 
 from pathlib import Path
 
