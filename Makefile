@@ -30,7 +30,7 @@ bench-quality: .venv/.ready
 
 # PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
 conformance: .venv/.ready
-	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m conformance.run $(if $(BASELINE),--baseline)
+	PYTHONPATH=tests OMP_NUM_THREADS=1 $(BIN)/python -m conformance.run $(if $(BASELINE),--baseline --write benchmarks/conformance.md)
 
 # torch first and alone: the pinned build is then kept by everything that comes after it.
 .venv/.ready: pyproject.toml constraints.txt

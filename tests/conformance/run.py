@@ -1,6 +1,8 @@
 """PEFT's own tests, run on the adapter methods of this package: a yardstick that we did not write.
 
-    python -m conformance.run [METHOD ...] [--baseline] [-k EXPRESSION] [--jobs N]     # with tests/ in PYTHONPATH
+    python -m conformance.run [METHOD ...] [--baseline] [--write FILE] [-k EXPRESSION] [--jobs N]
+
+with tests/ in PYTHONPATH.
 
 The tests are those of the installed PEFT, taken from its source distribution and kept, like everything else that is
 fetched or made, in `.peers/conformance`. The models that they load from the Hub are made here; nothing goes online
@@ -47,7 +49,10 @@ def main(arguments: list[str]) -> int:
     make_hub_cache(CACHE / "hub")
     names = options.methods or [*METHODS, *(BASELINES if options.baseline else [])]
     outcomes = {name: _run(name, source, site, options) for name in names}
-    sys.stdout.write(report(outcomes))
+    found = report(outcomes)
+    sys.stdout.write(found)
+    if options.write:
+        options.write.write_text(f"{_introduction()}{found}", encoding="utf-8")
     return int(any(outcome.get("failed") or not outcome.get("passed") for outcome in outcomes.values()))
 
 
@@ -56,6 +61,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     known = [*METHODS, *BASELINES]
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"{', '.join(known)}; default: all of ours")
     parser.add_argument("--baseline", action="store_true", help=f"run {' and '.join(BASELINES)} of PEFT beside ours")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the outcome as Markdown into this file too")
     parser.add_argument("-k", dest="keyword", default="", help="only the tests that this pytest expression selects")
     parser.add_argument("--jobs", default="2", help="the number of processes (default: 2)")
     options = parser.parse_args(arguments)
@@ -134,6 +140,16 @@ def _environment(site: Path, home: str) -> dict[str, str]:
 
 
 # -- what comes out -----------------------------------------------------------------------------------------------
+
+
+def _introduction() -> str:
+    return (
+        "# PEFT's own tests on our adapter methods\n\n"
+        f"Made by `make conformance BASELINE=1`: the test files of PEFT {importlib.metadata.version('peft')} that are "
+        f"about all of its methods ({', '.join(f'`test_{module}`' for module in MODULES)}), unchanged, with our "
+        "configs in the place of PEFT's. Each method is run with several settings, on more places the more kinds of layers it "
+        "adapts, so that the numbers of cases differ. `lora` and `hira` are PEFT's own, with PEFT's rows.\n"
+    )
 
 
 def report(outcomes: dict[str, Outcome]) -> str:
