@@ -37,9 +37,12 @@ class Method:
 
 
 def merge_methods() -> list[Method]:
-    from hf_modular.merging import METHODS, MergeMethod
+    from hf_modular.adapter_merging import RMMConfig
+    from hf_modular.merging import METHODS
+    from hf_modular.merging._method import MergeSettings
 
-    return [_method("merge", name, config, MergeMethod, list(config.aliases)) for name, config in METHODS.items()]
+    configs: list[type[MergeSettings]] = [*METHODS.values(), RMMConfig]  # the last one is for adapters only
+    return [_method("merge", config.name, config, MergeSettings, list(config.aliases)) for config in configs]
 
 
 def adapter_methods() -> list[Method]:

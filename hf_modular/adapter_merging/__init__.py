@@ -11,12 +11,12 @@ if TYPE_CHECKING:
     from hf_modular.adapter_merging._new_task import add_task
     from hf_modular.adapter_merging._recipe import AdapterRecipe
     from hf_modular.adapter_merging._report import AdapterReport
-    from hf_modular.adapter_merging._rmm import RMMConfig
+    from hf_modular.adapter_merging._rmm_config import RMMConfig
 
 _HOME = {
     "AdapterRecipe": "_recipe",
     "AdapterReport": "_report",
-    "RMMConfig": "_rmm",
+    "RMMConfig": "_rmm_config",
     "add_task": "_new_task",
     "extract_adapter": "_extract",
     "merge_adapter_files": "_folders",

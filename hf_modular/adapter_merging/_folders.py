@@ -11,7 +11,8 @@ from hf_modular.adapter_merging._recipe import AdapterRecipe
 from hf_modular.adapter_merging._report import AdapterReport, warn_of
 from hf_modular.adapter_merging._result import Result, write
 from hf_modular.adapter_merging._rmm import REMEDY as RMM_REMEDY
-from hf_modular.adapter_merging._rmm import RMMConfig, merge_reversibly
+from hf_modular.adapter_merging._rmm import merge_reversibly
+from hf_modular.adapter_merging._rmm_config import RMMConfig
 from hf_modular.checkpoints import refuse_occupied
 from hf_modular.merging._method import MergeMethod
 from hf_modular.merging._report import RECIPE

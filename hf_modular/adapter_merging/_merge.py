@@ -15,7 +15,8 @@ from hf_modular.adapter_merging._parameters import merge_parameters
 from hf_modular.adapter_merging._report import AdapterReport, errors, warn_of
 from hf_modular.adapter_merging._result import Result, beside, dressed, in_dtype, notes_on, write
 from hf_modular.adapter_merging._rmm import REMEDY as RMM_REMEDY
-from hf_modular.adapter_merging._rmm import RMMConfig, merge_reversibly
+from hf_modular.adapter_merging._rmm import merge_reversibly
+from hf_modular.adapter_merging._rmm_config import RMMConfig
 from hf_modular.adapter_merging._running import Settings
 from hf_modular.adapter_merging._source import Base, Source
 from hf_modular.adapter_merging._weights import WeightMerge

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftConfig
 from pydantic import Field, StrictFloat, StrictInt
 
 from hf_modular.adapter_merging._merge import WARN_ABOVE, Options
-from hf_modular.adapter_merging._rmm import RMMConfig
+from hf_modular.adapter_merging._rmm_config import RMMConfig
 from hf_modular.adapters import FLoRAConfig, HUTConfig, SSFConfig
 from hf_modular.merging._entries import COMPANIONS, ModelEntry
 from hf_modular.merging._method import Alias, MergeSettings

@@ -5,9 +5,9 @@ anything else after it was reduced to a `rank` by the truncated SVD, as the pape
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,46 +20,13 @@ from hf_modular.adapter_merging._heads import Head, heads_of
 from hf_modular.adapter_merging._matrix import LowRank, Matrix, balanced, squared_distance, truncated
 from hf_modular.adapter_merging._report import AdapterReport, relative
 from hf_modular.adapter_merging._result import Result, dressed, in_dtype, notes_on
+from hf_modular.adapter_merging._rmm_config import RMMConfig
 from hf_modular.adapter_merging._source import PREFIX, Base, Source, all_sites
 from hf_modular.adapters import RMMAdapterConfig
 from hf_modular.adapters._method import Site
-from hf_modular.merging._method import MergeSettings
 
 REMEDY = "Choose a higher `p`: at the number of adapters less one, each is as it was."
 _SLOT = "hfm_rmm_adapter"
-
-
-@dataclass(frozen=True)
-class RMMConfig(MergeSettings):
-    """Reversible Model Merging: adapters stored in common, each of which can be had back."""
-
-    name: ClassVar[str] = "rmm"
-    base_model: ClassVar[Literal["required", "optional", "unused"]] = "optional"
-    model_counts: ClassVar[tuple[int, float]] = (2, float("inf"))
-
-    p: int = field(
-        default=2,
-        metadata={
-            "help": "The directions in which the tasks may differ; all are exact from n - 1 on.",
-            "law": "[1, inf)",
-        },
-    )
-    granularity: Granularity = field(
-        default="position",
-        metadata={
-            "help": "What has directions of its own: each `position`, as in the paper, each `tensor`, or each `layer`."
-        },
-    )
-    canonicalize: bool = field(
-        default=False, metadata={"help": "Balance the factors first, which the paper does not: U √S and √S Vᵀ."}
-    )
-    rank: int | None = field(
-        default=None,
-        metadata={
-            "help": "What each model is reduced to first, by the truncated SVD; full fine-tunes need it.",
-            "law": "[1, inf)",
-        },
-    )
 
 
 def merge_reversibly(

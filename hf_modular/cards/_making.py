@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_modular import merging
+from hf_modular.adapter_merging import RMMConfig
 from hf_modular.cards._artifact import MERGE_RECIPE, MERGE_REPORT, Artifact
 from hf_modular.cards._model import public_texts, read_recipe, split_reference
 from hf_modular.cards._origins import Lookup, Origin, trace
@@ -52,7 +53,7 @@ def _references(report: Mapping[str, Any], recipe: Mapping[str, Any]) -> list[st
 def _how(method: str) -> str:
     if method == "extract":
         return "Extracted from the difference of a fine-tuned model and its base."
-    known = merging.METHODS
+    known = {**merging.METHODS, RMMConfig.name: RMMConfig}
     return f"Merged by `{method}`.{f' {about(known[method])}' if method in known else ''}"
 
 
