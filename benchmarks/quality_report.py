@@ -116,7 +116,7 @@ def table(suite: Mapping[str, Any]) -> str:
     """Markdown; accuracies in percent."""
     results = results_of(suite)
     tasks = list(suite["tasks"])
-    head = ["method", "trained", "rate", *tasks, "mean ± SE", "against LoRA of that size", "CPU s"]
+    head = ["method", "trained", "rate", *tasks, "mean ± SE", "against LoRA", "CPU s"]
     lines = [head, ["---", *["---:"] * (len(head) - 1)]]
     for result in results.values():
         accuracies = [f"{100 * result.accuracy[task]:.1f}" for task in tasks]
@@ -133,7 +133,8 @@ def _against(result: Result, results: Mapping[str, Result]) -> str:
         return ""
     gap = difference(result, results[result.beside])
     points = f"{100 * gap.mean:+.1f} ± {100 * gap.error:.1f}"
-    return f"**{points}**" if gap.clear else points
+    rank = result.beside.removeprefix("LoRA ").removesuffix(" (default)")
+    return f"**{points}** ({rank})" if gap.clear else f"{points} ({rank})"
 
 
 def write(suites: Mapping[str, Mapping[str, Any]], output: Path, versions: Mapping[str, str]) -> str:
@@ -151,7 +152,7 @@ def write(suites: Mapping[str, Mapping[str, Any]], output: Path, versions: Mappi
 
 
 def draw(suites: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Accuracy against trained parameters, a panel for each suite."""
+    """Accuracy against trained parameters, a panel for each suite; a grey band is the Pareto front."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.6 * len(suites), 5.4), dpi=120, facecolor="white", layout="constrained")
         (panels,) = figure.subplots(1, len(suites), squeeze=False)
@@ -180,9 +181,11 @@ def _draw_suite(axes: Axes, results: Mapping[str, Result]) -> None:
     axes.margins(x=0.1, y=0.12)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     axes.grid(axis="y")
-    axes.set_xlabel("trained parameters per task; the grey band joins what nothing smaller or equal beats")
-    axes.set_ylabel("accuracy on test rows, mean of the tasks")
-    axes.legend(frameon=False, loc="lower right", ncols=2)
+    axes.set_xlabel("trained parameters per task")
+    axes.set_ylabel("test accuracy, mean of the tasks")
+    axes.legend(
+        frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=7, handletextpad=0.2, columnspacing=1
+    )
 
 
 def pareto(results: Sequence[Result]) -> list[Result]:
