@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from server import USERS, Hub
 from transformers import AutoModelForCausalLM, Qwen3Config
 from typer.testing import CliRunner
 
+from hf_modular import RMMConfig
 from hf_modular.adapters import METHODS as ADAPTERS
 from hf_modular.cli import app
 from hf_modular.merging import METHODS as MERGES
@@ -37,6 +39,12 @@ def home(tmp_path: Path, publish: Callable[..., str], monkeypatch: pytest.Monkey
         torch.manual_seed(seed)
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
         publish(tmp_path / name, name)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "Qwen/Qwen3-0.6B")
+    adapted = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False), "law")
+    adapted.add_adapter("medicine", LoraConfig(r=3, target_modules=["v_proj"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path / "adapters")
+    for name in ("law", "medicine"):
+        publish(tmp_path / "adapters" / name, f"me/qwen3-{name}-lora")
     monkeypatch.setitem(USERS, "hf_test", "me")
     (tmp_path / "recipe.yaml").write_text(blocks("yaml")[0], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -53,6 +61,8 @@ def test_the_code_runs(home: Path, hub: Hub) -> None:
     for code in blocks("python"):
         exec(compile(code, "README.md", "exec"), names)
     assert names["model"].peft_config["default"].peft_type == "HFM_HUT"
+    assert names["both"].tasks == ["law", "medicine"]
+    assert all(error < 1e-5 for error in names["both"].peft_config["default"].errors.values())
     assert names["state_dict"]["w"].shape == (3, 2)
     assert "me/qwen3-law-medicine" in hub.repos
 
@@ -70,5 +80,5 @@ def test_the_commands_run(home: Path, hub: Hub) -> None:
 def test_the_table_has_every_method() -> None:
     for name in ADAPTERS:
         assert re.search(rf"^\| `{name}`", README, re.MULTILINE | re.IGNORECASE), name
-    for name in MERGES:
+    for name in (*MERGES, RMMConfig.name):
         assert f"`{name}`" in README, name
