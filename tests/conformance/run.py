@@ -143,12 +143,13 @@ def _environment(site: Path, home: str) -> dict[str, str]:
 
 
 def _introduction() -> str:
+    files = ", ".join(f"`test_{module}`" for module in MODULES)
     return (
         "# PEFT's own tests on our adapter methods\n\n"
-        f"Made by `make conformance BASELINE=1`: the test files of PEFT {importlib.metadata.version('peft')} that are "
-        f"about all of its methods ({', '.join(f'`test_{module}`' for module in MODULES)}), unchanged, with our "
-        "configs in the place of PEFT's. Each method is run with several settings, on more places the more kinds of layers it "
-        "adapts, so that the numbers of cases differ. `lora` and `hira` are PEFT's own, with PEFT's rows.\n"
+        f"Made by `make conformance BASELINE=1`: the tests of PEFT {importlib.metadata.version('peft')} that are "
+        f"about all of its methods ({files}), unchanged, with our configs in the place of PEFT's. Each method is run "
+        "with several settings, and on more places the more kinds of layers it adapts, so that the numbers of cases "
+        "differ. `lora` and `hira` are PEFT's own, with PEFT's rows.\n"
     )
 
 
