@@ -6,6 +6,7 @@ recipes: the engine hands it one `Stack` after another, in fp32, and rounds what
 
 import json
 import math
+import sys
 import typing
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -314,4 +315,4 @@ def _within(value: float, law: str) -> bool:
     low, high = (float(end) for end in law[1:-1].split(","))
     above = value >= low if law[0] == "[" else value > low
     below = value <= high if law[-1] == "]" else value < high
-    return math.isfinite(value) and above and below
+    return abs(value) <= sys.float_info.max and above and below  # a whole number may be too large for isfinite

@@ -155,7 +155,10 @@ def _merges(model: Mapping[str, Any], other: Tokenizer, new: set[str]) -> dict[s
 
 
 def _pair(merge: Any) -> list[str]:
-    return merge.split(" ") if isinstance(merge, str) else list(merge)
+    pair = merge.split(" ") if isinstance(merge, str) else merge
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+        raise ValueError(f"a merge of a tokenizer must be two texts, but got {merge!r:.200}")
+    return pair
 
 
 def _spelled(kind: tuple[str, bool]) -> str:

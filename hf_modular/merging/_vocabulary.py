@@ -250,6 +250,8 @@ class _Vocabularies:
         own = self.tokenizers.get(self.recipe.tokenizer_model)
         if own is None:
             raise ValueError(f"{self.recipe.tokenizer_model} must have a tokenizer to be the result's, but has none")
+        if lacking := [name for name in self.sources if name not in self.sizes]:
+            raise ValueError(f"{lacking[0]} has no tensor that its config would make the embeddings of its tokens")
         others = [tokenizer for name, tokenizer in self.tokenizers.items() if name != self.recipe.tokenizer_model]
         united = union(own, others) if choice.source == "union" else own
         result = with_tokens(united, [*choice.tokens])
