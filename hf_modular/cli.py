@@ -31,25 +31,31 @@ def merge(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
     hashes: Annotated[bool, typer.Option(help="Note the SHA-256 of all weights in the report.")] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where the same merge was killed.")] = False,
+    verify: Annotated[bool, typer.Option(help="Read the result again, and keep it only if it is right.")] = True,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done; write nothing.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Merge models into a folder that transformers loads."""
     from hf_modular.merging import merge as run
+    from hf_modular.merging import plan_merge
     from hf_modular.merging._processes import processes
 
+    what: Any = {"seed": seed, "device": device, "workers": workers, "max_shard_size": max_shard_size}
+    if dry_run:
+        plan = plan_merge(recipe, output, overwrite=overwrite or resume, **what)
+        typer.echo(plan.to_json() if as_json else plan.summary())
+        return
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the report has the same notes
         report = run(
             recipe,
             output,
-            seed=seed,
-            device=device,
-            workers=workers,
-            max_shard_size=max_shard_size,
+            **what,
             overwrite=overwrite,
             hashes=hashes,
             resume=resume,
+            verify=verify,
             progress=not (quiet or as_json),
         )
     if not processes().first:
@@ -183,6 +189,33 @@ def fisher(
 
 
 @app.command()
+def activations(
+    model: Annotated[str, typer.Argument(help="A model, as a folder or a name of the Hub.")],
+    dataset: Annotated[str, typer.Argument(help="A data file, a saved data set, or a name of the Hub.")],
+    output: Annotated[Path, typer.Argument(help="A folder that is absent or empty.")],
+    split: Annotated[str, typer.Option(help="Which part of the data set.")] = "train",
+    text: Annotated[list[str], typer.Option(help="The column of the text; twice for a pair of texts.")] = ["text"],  # noqa: B006
+    tokens: Annotated[bool, typer.Option("--tokens", help="The data set has tokens already.")] = False,
+    max_length: Annotated[int, typer.Option(help="Tokens of a text.", min=1)] = 128,
+    examples: Annotated[int, typer.Option(help="How many, drawn by the seed.", min=1)] = 128,
+    batch_size: Annotated[int, typer.Option(help="Examples at once.", min=1)] = 8,
+    seed: Annotated[int, typer.Option(help="For the choice of examples.")] = 0,
+    device: Annotated[
+        str, typer.Option(help="Where to compute; `auto` for the accelerator if there is one.")
+    ] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
+) -> None:
+    """Measure the inputs of a model's linear layers on texts, for `merge_method: dare` with `mask: wanda`."""
+    from hf_modular.calibration import activation_norms
+    from hf_modular.fisher._loading import load_model, load_texts
+
+    columns = [] if tokens else text
+    rows = load_texts(dataset, split, model, columns, label=None, max_length=max_length, examples=examples, seed=seed)
+    activation_norms(load_model(model, device), rows, output, batch_size=batch_size, overwrite=overwrite)
+    typer.echo(f"the sizes of the activations on {len(rows)} examples are in {output}")
+
+
+@app.command()
 def search(
     recipe: Annotated[Path, typer.Argument(help="A recipe, in mergekit's YAML format.")],
     output: Annotated[Path, typer.Argument(help="A folder for the best recipe and the trials.")],
@@ -246,7 +279,7 @@ def main() -> None:
         app()
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"Error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_code", 2))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_modular import cli
+from hf_modular.checkpoints import CheckpointWriter
 
 
 @pytest.fixture
@@ -55,6 +56,32 @@ def test_merge_prints_its_report_as_json_or_nothing(models, capsys, monkeypatch)
     assert json.loads(out) == json.loads((models / "out" / "merge_report.json").read_text())
     assert json.loads(out)["outputs"]["model.safetensors"].keys() == {"bytes"}
     assert run(capsys, monkeypatch, "merge", recipe, models / "out", "--overwrite", "-q") == (0, "", "")
+
+
+def test_merge_says_what_it_would_do(models, capsys, monkeypatch):
+    before = sorted(models.iterdir())
+    code, out, err = run(capsys, monkeypatch, "merge", models / "recipe.yaml", models / "out", "--dry-run")
+    assert (code, err) == (0, "")
+    assert "Would merge 3 models by dare: 1 tensors, 15 parameters, 1 files" in out
+    _, out, _ = run(capsys, monkeypatch, "merge", models / "recipe.yaml", models / "out", "--dry-run", "--json")
+    assert json.loads(out)["bytes_written"] == 60
+    assert sorted(models.iterdir()) == before
+
+
+def test_merge_reads_its_result_again_unless_told_not_to(models, capsys, monkeypatch):
+    _, out, _ = run(capsys, monkeypatch, "merge", models / "recipe.yaml", models / "out")
+    assert "verified: 1 tensors computed again, not loading: there is no config.json" in out
+    arguments = ("merge", models / "recipe.yaml", models / "out", "--overwrite", "--no-verify")
+    assert "verified" not in run(capsys, monkeypatch, *arguments)[1]
+
+
+def test_a_result_that_is_wrong_is_exit_code_1(models, capsys, monkeypatch):
+    write = CheckpointWriter.write
+    monkeypatch.setattr(CheckpointWriter, "write", lambda self, name, data, start=0: write(self, name, -data, start))
+    code, out, err = run(capsys, monkeypatch, "merge", models / "recipe.yaml", models / "out")
+    assert (code, out) == (1, "")
+    assert "of 1 tensors that were computed again, differing are w" in err
+    assert not (models / "out").exists()
 
 
 @pytest.mark.parametrize(

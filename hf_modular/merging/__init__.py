@@ -7,9 +7,10 @@ from hf_modular._lazy import attributes
 if TYPE_CHECKING:
     from hf_modular.merging._memory import merge_state_dicts
     from hf_modular.merging._method import MergeMethod
+    from hf_modular.merging._plan import MergePlan
     from hf_modular.merging._recipe import MergeRecipe
     from hf_modular.merging._report import MergeReport
-    from hf_modular.merging._stream import merge
+    from hf_modular.merging._stream import merge, plan_merge
     from hf_modular.merging.arcee_fusion import ArceeFusionConfig
     from hf_modular.merging.breadcrumbs import BreadcrumbsConfig
     from hf_modular.merging.dare import DAREConfig
@@ -70,6 +71,7 @@ _HOME = {
     "KarcherConfig": "karcher",
     "LinearConfig": "linear",
     "MergeMethod": "_method",
+    "MergePlan": "_plan",
     "MergeRecipe": "_recipe",
     "MergeReport": "_report",
     "ModelStockConfig": "model_stock",
@@ -89,6 +91,7 @@ _HOME = {
     "TaskArithmeticConfig": "task_arithmetic",
     "merge": "_stream",
     "merge_state_dicts": "_memory",
+    "plan_merge": "_stream",
 }
 
 __all__ = [
@@ -103,6 +106,7 @@ __all__ = [
     "KarcherConfig",
     "LinearConfig",
     "MergeMethod",
+    "MergePlan",
     "MergeRecipe",
     "MergeReport",
     "ModelStockConfig",
@@ -122,6 +126,7 @@ __all__ = [
     "TaskArithmeticConfig",
     "merge",
     "merge_state_dicts",
+    "plan_merge",
 ]
 
 

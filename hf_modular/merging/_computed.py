@@ -12,7 +12,7 @@ from hf_modular.checkpoints import Checkpoint, StoredTensor
 
 Group = Callable[[], Mapping[str, Tensor]]  # computes some tensors together, in fp32 or wider
 
-_KEPT = 3  # groups of which the values stay for the blocks that are asked for next
+KEPT = 3  # groups of which the values stay for the blocks that are asked for next
 _SMALL = 1 << 14  # elements of a tensor that always stays: a bias is asked for long after its weight
 
 
@@ -71,5 +71,5 @@ class ComputedCheckpoint(Checkpoint):
         with self._lock:
             self._small.update({name: value for name, value in values.items() if value.numel() <= _SMALL})
             self._recent[key] = values
-            while len(self._recent) > _KEPT:
+            while len(self._recent) > KEPT:
                 self._recent.popitem(last=False)

@@ -14,6 +14,12 @@ REPORT = "merge_report.json"
 RECIPE = "merge_recipe.yaml"
 
 
+class VerificationError(ValueError):
+    """A result is not what it must be."""
+
+    exit_code = 1  # of the command line: a check failed
+
+
 @dataclass(frozen=True)
 class MergeReport:
     """What a merge did.
@@ -68,7 +74,21 @@ class MergeReport:
         notes = "".join(f"note: {note}\n" for note in self.notes)
         sliced = {source["model"] for part in self.recipe.get("slices", ()) for source in part["sources"]}
         models = len(self.recipe.get("models", sliced))
-        return f"{notes}Merged {models} models by {self.merge_method} in {self.seconds:.1f} s ({sizes})"
+        return (
+            f"{notes}Merged {models} models by {self.merge_method} in {self.seconds:.1f} s ({sizes}{self._verified()})"
+        )
+
+    def _verified(self) -> str:
+        """What a verification found, in a few words."""
+        found = self.verification
+        if not found:
+            return ""
+        words = [f"{found['tensors_compared']} tensors computed again"]
+        if "loads" in found:
+            words.append("loads in transformers")
+        if adapter := found.get("adapter"):
+            words.append(f"outputs within {adapter['largest_difference']:.2g} of the adapter's")
+        return "; verified: " + ", ".join([*words, *(f"not {skipped}" for skipped in found.get("skipped", []))])
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:

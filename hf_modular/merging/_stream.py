@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from hashlib import sha256
 from pathlib import Path
 from shutil import disk_usage
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,6 +33,9 @@ from hf_modular.merging._settings import Resolved
 from hf_modular.merging._settings_files import Beside, chat_template, config_changes, token_numbers
 from hf_modular.merging._sources import Source, open_source
 from hf_modular.merging._workers import Workers
+
+if TYPE_CHECKING:
+    from hf_modular.merging._plan import MergePlan
 
 _MARGIN = 1 << 24  # bytes of disk space for everything but weights
 
@@ -77,9 +80,7 @@ def merge(
         same result bit for bit.
     """
     started = time.perf_counter()
-    recipe = MergeRecipe.load(recipe)
-    if seed is not None:
-        recipe = MergeRecipe.load(recipe.model_dump(exclude_unset=True) | {"seed": seed})
+    recipe = _with_seed(MergeRecipe.load(recipe), seed)
     with ExitStack() as stack:
         ranks = processes()
         job = _Job(recipe, _opened(recipe, stack), ranks.device(_device(device)))
@@ -106,6 +107,40 @@ def merge(
     for note in report.notes if ranks.first else []:
         warnings.warn(note, stacklevel=2)
     return report
+
+
+def plan_merge(
+    recipe: str | Path | Mapping[str, object] | MergeRecipe,
+    output_dir: str | Path,
+    *,
+    seed: int | None = None,
+    device: str = "cpu",
+    workers: int | None = None,
+    overwrite: bool = False,
+    max_shard_size: int | str = "5GB",
+) -> "MergePlan":
+    """What `merge` would do with the same arguments: sizes, memory and time. Nothing is written.
+
+    All that would stop the merge before it reads weights is an error here, too.
+    """
+    from hf_modular.merging._plan import make_plan
+
+    recipe = _with_seed(MergeRecipe.load(recipe), seed)
+    with ExitStack() as stack:
+        job = _Job(recipe, _opened(recipe, stack), _device(device))
+        refuse(job.problems(Path(output_dir), overwrite=overwrite, resume=False))
+        return make_plan(
+            job.engines,
+            [*job.sources.values()],
+            notes=job.notes,
+            workers=workers,
+            max_shard_size=max_shard_size,
+            one_by_one=job.method.one_by_one is not None,
+        )
+
+
+def _with_seed(recipe: MergeRecipe, seed: int | None) -> MergeRecipe:
+    return recipe if seed is None else MergeRecipe.load(recipe.model_dump(exclude_unset=True) | {"seed": seed})
 
 
 def _entered(writer: CheckpointWriter, stack: ExitStack, ranks: Processes) -> set[str]:

@@ -6,8 +6,7 @@ must answer as the model with the adapter does; both run in fp32, so that what d
 """
 
 import gc
-import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,11 +18,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_modular.checkpoints import Checkpoint, TensorInfo
-from hf_modular.merging._companions import Companion
 from hf_modular.merging._engine import Engine, Inputs
 from hf_modular.merging._memory import InMemory, Merged
 from hf_modular.merging._method import MergeMethod, Stack
 from hf_modular.merging._preflight import listed
+from hf_modular.merging._report import VerificationError
+from hf_modular.merging._sampled import infos, part_of, sample
 from hf_modular.merging._sources import Source, read_object
 from hf_modular.merging._workers import Workers
 
@@ -92,7 +92,7 @@ def verify(subject: Subject) -> dict[str, Any]:
     """Check a result; returns the figures.
 
     Raises:
-        ValueError: If the result is not what it must be; the message has the figures.
+        VerificationError: If the result is not what it must be; the message has the figures.
     """
     found = Verification()
     with Checkpoint(subject.folder) as written:
@@ -102,7 +102,7 @@ def verify(subject: Subject) -> dict[str, Any]:
     else:
         found.skipped.append("loading: there is no config.json")
     if found.failures:
-        raise ValueError(
+        raise VerificationError(
             "the result is not what it must be, and was not kept:\n" + "\n".join(f"  - {f}" for f in found.failures)
         )
     return found.to_dict()
@@ -124,8 +124,8 @@ def _keeps_one_model(engine: Engine) -> bool:
 
 
 def _check_sample(subject: Subject, written: Checkpoint, found: Verification) -> None:
-    sizes = {name: info.numel for engine in subject.engines for name, info in _infos(engine).items()}
-    names = _sample(sizes, subject.seed)
+    sizes = {name: info.numel for engine in subject.engines for name, info in infos(engine).items()}
+    names = sample(sizes, subject.seed, _ELEMENTS, _TENSORS)
     differing, compared = [], 0
     for engine in subject.engines:
         mine = [name for name in names if name in engine.plan]
@@ -147,42 +147,10 @@ def _surveys_model(method: MergeMethod) -> bool:
     return method.survey_scope == "model" and type(method).survey is not MergeMethod.survey
 
 
-def _infos(engine: Engine) -> dict[str, TensorInfo]:
-    return {name: TensorInfo(like.dtype, tuple(like.shape)) for name, like in engine.plan.items()}
-
-
-def _sample(sizes: Mapping[str, int], seed: int) -> set[str]:
-    """Some names, of tensors that are not too large together."""
-    names = sorted(sizes)
-    random.Random(seed).shuffle(names)
-    chosen: set[str] = set()
-    left = _ELEMENTS
-    for name in names:
-        if len(chosen) < _TENSORS and sizes[name] <= left:
-            chosen.add(name)
-            left -= sizes[name]
-    return chosen
-
-
-def _computed_again(engine: Engine, names: Sequence[str]) -> dict[str, Tensor]:
+def _computed_again(engine: Engine, names: Collection[str]) -> dict[str, Tensor]:
     """Some tensors of the result from whole tensors in memory."""
-    plan = {name: info for name, info in _infos(engine).items() if name in set(names)}
-    merged = Merged({name: torch.empty(info.shape, dtype=info.dtype) for name, info in plan.items()})
-    companions = {
-        kind: [Companion(_in_memory(each, {n: plan[n] for n in plan if n in each.tensors}), plan) for each in those]
-        for kind, those in engine.companions.items()
-    }
-    again = Engine(
-        plan=plan,
-        settings={name: engine.settings[name] for name in plan},
-        method=engine.method,
-        base=_in_memory(engine.base, plan) if engine.base else None,
-        models=[_in_memory(model, plan) for model in engine.models],
-        carrier=_in_memory(engine.carrier, plan),
-        seed=engine.seed,
-        device=torch.device("cpu"),
-        companions=companions,
-    )
+    again = part_of(engine, names, _in_memory, torch.device("cpu"))
+    merged = Merged({name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos(again).items()})
     with Workers(1) as pool:
         again.run(merged, pool, lambda done: None)
     return merged.tensors
@@ -224,7 +192,7 @@ def _check_model(subject: Subject, found: Verification) -> None:
     if kind is None:
         found.skipped.append(f"loading: transformers has no class {names[0]}")
         return
-    numbers = sum(info.numel for engine in subject.engines for info in _infos(engine).values())
+    numbers = sum(info.numel for engine in subject.engines for info in infos(engine).values())
     if (need := 4 * numbers) > (room := int(_SHARE * free_memory())):
         found.skipped.append(
             f"loading: it takes {need / 1e9:.1f} GB in fp32, and there is room for {room / 1e9:.1f} GB"
@@ -319,7 +287,7 @@ def _compare(
     subject: Subject, wanted: tuple[list[Tensor], list[Tensor]], got: Sequence[Tensor], found: Verification
 ) -> None:
     """Largest difference, KL divergence of the predictions, and how often the first choice is the same."""
-    dtypes = [info.dtype for engine in subject.engines for info in _infos(engine).values() if info.dtype in TOLERANCES]
+    dtypes = [info.dtype for engine in subject.engines for info in infos(engine).values() if info.dtype in TOLERANCES]
     coarsest = max(dtypes, key=lambda dtype: TOLERANCES[dtype][0])
     quantised = subject.adapted is not None and "quantised_by" in subject.adapted.about
     far, diverging = _QUANTISED if quantised else TOLERANCES[coarsest]
