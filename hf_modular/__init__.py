@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         hotswap_adapter,
         to_lora,
     )
+    from hf_modular.calibration import activation_norms, dare_q
     from hf_modular.fisher import fisher_information
     from hf_modular.hub import push_to_hub
     from hf_modular.merging import (
@@ -94,7 +95,9 @@ _HOME = {
     "SSFConfig": "adapters",
     "TIESConfig": "merging",
     "TaskArithmeticConfig": "merging",
+    "activation_norms": "calibration",
     "add_task": "adapter_merging",
+    "dare_q": "calibration",
     "extract_adapter": "adapter_merging",
     "fisher_information": "fisher",
     "hotswap_adapter": "adapters",
@@ -141,7 +144,9 @@ __all__ = [
     "TIESConfig",
     "TaskArithmeticConfig",
     "__version__",
+    "activation_norms",
     "add_task",
+    "dare_q",
     "extract_adapter",
     "fisher_information",
     "hotswap_adapter",

@@ -22,7 +22,9 @@ MAY_IMPORT = {
     "merging": {"_lazy", "_version", "checkpoints"},
     "fisher": {"checkpoints", "merging"},
     "optim": set(),
-    "searching": {"merging", "fisher"},
+    "_batches": set(),
+    "calibration": {"_batches", "checkpoints", "merging"},
+    "searching": {"_batches", "merging", "fisher"},
 }
 METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}
 

@@ -2,7 +2,7 @@
 
 import shlex
 import subprocess
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,11 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hf_modular.fisher._examples import Rows
+from hf_modular._batches import LABELS, Rows, batches
 from hf_modular.fisher._loading import load_model, load_texts
 from hf_modular.merging import MergeRecipe
 
-_LABELS = ("labels", "label")
 IGNORED = -100  # a label that does not count
 
 
@@ -64,7 +63,7 @@ class Validation:
 
     def _mean_log_likelihood(self, model: nn.Module) -> float:
         total = count = 0.0
-        for batch in self._batches(model):
+        for batch in batches(self.dataset, self.batch_size, next(model.parameters()).device):
             labels = batch.pop("labels", batch.get("input_ids"))
             if labels is None:
                 raise ValueError("a loss needs labels or tokens, but the examples have neither")
@@ -76,9 +75,9 @@ class Validation:
 
     def _of_predictions(self, model: nn.Module) -> float:
         predictions, references = [], []
-        for batch in self._batches(model):
+        for batch in batches(self.dataset, self.batch_size, next(model.parameters()).device):
             if "labels" not in batch:
-                raise ValueError(f"a metric needs labels, {' or '.join(_LABELS)}, but the examples have none")
+                raise ValueError(f"a metric needs labels, {' or '.join(LABELS)}, but the examples have none")
             references.append(batch.pop("labels").cpu())
             predictions.append(_predicted(model(**batch).logits).cpu())
         return self._computed(torch.cat(predictions), torch.cat(references))
@@ -96,18 +95,6 @@ class Validation:
         if key is None or key not in found:
             raise ValueError(f"`key` must be one of {sorted(found)}, which the metric gives, but got key={self.key!r}")
         return float(found[key])
-
-    def _batches(self, model: nn.Module) -> Iterator[dict[str, Tensor]]:
-        """Examples of the same shapes together, in batches."""
-        device = next(model.parameters()).device
-        alike: dict[Any, list[dict[str, Tensor]]] = {}
-        for i in range(len(self.dataset)):
-            row = _tensors(self.dataset[i])
-            alike.setdefault(tuple((name, tuple(x.shape)) for name, x in sorted(row.items())), []).append(row)
-        for rows in alike.values():
-            for start in range(0, len(rows), self.batch_size):
-                batch = rows[start : start + self.batch_size]
-                yield {name: torch.stack([row[name] for row in batch]).to(device) for name in batch[0]}
 
 
 @dataclass(frozen=True)
@@ -137,21 +124,6 @@ class Command:
             return float(last)
         except ValueError:
             raise ValueError(f"{shlex.join(command)} must print a number at last, but printed {last!r:.200}") from None
-
-
-def _tensors(row: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The numbers of a row, the labels under the name that models have for them."""
-    found = {"labels" if name in _LABELS else name: value for name, value in row.items()}
-    return {name: torch.as_tensor(value) for name, value in found.items() if _is_numeric(value)}
-
-
-def _is_numeric(value: Any) -> bool:
-    if isinstance(value, Tensor) or hasattr(value, "__array__"):
-        return True
-    first = value
-    while isinstance(first, Iterable) and not isinstance(first, (str, bytes)):
-        first = next(iter(first), None)
-    return isinstance(first, (int, float))
 
 
 def _predicted(logits: Tensor) -> Tensor:
