@@ -454,6 +454,11 @@ def _first_names(model: nn.Module) -> dict[str, str]:
 def _refuse_broken(tensors: dict[str, Tensor]) -> None:
     """Sharded training can hand out empty tensors, and a diverged run non-finite ones: refuse to save them."""
     for key, tensor in tensors.items():
+        if isinstance(tensor, DTensor):  # and to look at it would wait for the others
+            raise ValueError(
+                f"Tensor '{key}' of the adapter is split over the processes of a sharded run. Save it whole: "
+                "save_pretrained(folder, state_dict=...) with what accelerator.get_state_dict(model) gives."
+            )
         if tensor.numel() == 0:
             raise ValueError(f"Tensor '{key}' of the adapter is empty; was the sharded model gathered before saving?")
         if tensor.device.type != "meta" and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
