@@ -13,6 +13,7 @@ import argparse
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -49,10 +50,9 @@ def main(arguments: list[str]) -> int:
     make_hub_cache(CACHE / "hub")
     names = options.methods or [*METHODS, *(BASELINES if options.baseline else [])]
     outcomes = {name: _run(name, source, site, options) for name in names}
-    found = report(outcomes)
-    sys.stdout.write(found)
+    sys.stdout.write(report(outcomes))
     if options.write:
-        options.write.write_text(f"{_introduction()}{found}", encoding="utf-8")
+        options.write.write_text(f"{_introduction()}{report(_kept())}", encoding="utf-8")
     return int(any(outcome.get("failed") or not outcome.get("passed") for outcome in outcomes.values()))
 
 
@@ -61,7 +61,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     known = [*METHODS, *BASELINES]
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=f"{', '.join(known)}; default: all of ours")
     parser.add_argument("--baseline", action="store_true", help=f"run {' and '.join(BASELINES)} of PEFT beside ours")
-    parser.add_argument("--write", type=Path, metavar="FILE", help="write the outcome as Markdown into this file too")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="write the latest outcome of each method here")
     parser.add_argument("-k", dest="keyword", default="", help="only the tests that this pytest expression selects")
     parser.add_argument("--jobs", default="2", help="the number of processes (default: 2)")
     options = parser.parse_args(arguments)
@@ -117,7 +117,22 @@ def _run(method: str, source: Path, site: Path, options: argparse.Namespace) -> 
         sys.stdout.write(f"\n== {method}\n")
         sys.stdout.flush()
         subprocess.run(command, cwd=source, env=_environment(site, temporary), check=False)
-        return json.loads(outcome.read_text(encoding="utf-8")) if outcome.exists() else {}
+        if not outcome.exists():
+            return {}
+        if not options.keyword:
+            _outcomes().mkdir(exist_ok=True)
+            shutil.copy(outcome, _outcomes() / f"{method}.json")
+        return json.loads(outcome.read_text(encoding="utf-8"))
+
+
+def _outcomes() -> Path:
+    return CACHE / f"outcomes-{importlib.metadata.version('peft')}"
+
+
+def _kept() -> dict[str, Outcome]:
+    """What the latest whole run of each method gave; a run of all of them takes long."""
+    files = {name: _outcomes() / f"{name}.json" for name in (*METHODS, *BASELINES)}
+    return {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.exists()}
 
 
 def _pytest_options() -> list[str]:
