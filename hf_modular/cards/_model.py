@@ -129,7 +129,8 @@ def _parents(recipe: Mapping[str, Any], report: Mapping[str, Any], lookup: Looku
     weights: dict[str, str] = {}
     if base := recipe.get("base_model"):
         weights[str(base)] = "base"
-    for entry in recipe.get("models") or []:
+    sliced = [source for part in recipe.get("slices") or [] for source in part["sources"]]
+    for entry in recipe.get("models") or sliced:
         settings = (recipe.get("parameters") or {}) | (entry.get("parameters") or {})
         weights.setdefault(str(entry["model"]), code(settings["weight"]) if "weight" in settings else "default")
     inputs = {entry["model"]: entry for entry in report.get("inputs") or []}

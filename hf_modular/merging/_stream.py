@@ -469,7 +469,7 @@ def _device_problems(device: torch.device) -> Iterator[str]:
 
 
 def _config_problems(sources: Collection[Source]) -> Iterator[str]:
-    kinds = {source.reference: source.config.get("model_type") for source in sources if source.config}
+    kinds = {source.reference: str(source.config.get("model_type")) for source in sources if source.config}
     if len(set(kinds.values())) > 1:
         yield f"all models must be of one architecture, but their `model_type` are {kinds}"
     for source in sources:
