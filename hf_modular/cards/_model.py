@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from hf_modular import merging
-from hf_modular.cards._artifact import MERGE_RECIPE, MERGE_REPORT, Artifact
+from hf_modular.cards._artifact import ADAPTER_WEIGHTS, MERGE_RECIPE, MERGE_REPORT, Artifact
 from hf_modular.cards._origins import Lookup, Origin, trace
 from hf_modular.cards._subject import (
     NO_ORIGIN,
@@ -83,6 +83,7 @@ def _describe_merge(artifact: Artifact, place: Place, recipe: dict[str, Any], lo
             "replay": _replay(parents),
             "decisions": report.get("notes") or [],
             "cost": _cost(report),
+            "verified": _verified(report.get("verification") or {}),
         },
         public=without_paths(artifact) | public,
     )
@@ -133,10 +134,28 @@ def _parents(recipe: Mapping[str, Any], report: Mapping[str, Any], lookup: Looku
     for entry in recipe.get("models") or sliced:
         settings = (recipe.get("parameters") or {}) | (entry.get("parameters") or {})
         weights.setdefault(str(entry["model"]), code(settings["weight"]) if "weight" in settings else "default")
-    inputs = {entry["model"]: entry for entry in report.get("inputs") or []}
+    inputs = {entry["model"]: entry.get("files") or {} for entry in report.get("inputs") or []}
+    for part, (weight, files) in _by_part(weights, inputs).items():
+        yield Parent(part, weight, trace(*split_reference(part), lookup), files)
+
+
+def _by_part(
+    weights: Mapping[str, str], inputs: Mapping[str, Mapping[str, Any]]
+) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    """Weights and files of models and of the adapters on them, each once."""
+    from hf_modular.merging._sources import split_adapter
+
+    found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for reference, weight in weights.items():
-        origin = trace(*split_reference(reference), lookup)
-        yield Parent(reference, weight, origin, inputs.get(reference, {}).get("files") or {})
+        model, adapter = split_adapter(reference)
+        files = inputs.get(reference, {})
+        own = {name: file for name, file in files.items() if name != ADAPTER_WEIGHTS}
+        if adapter is None:
+            found[model] = (weight, files)
+        else:
+            found.setdefault(model, ("under an adapter", own))
+            found[adapter] = (f"{weight}, an adapter", {n: f for n, f in files.items() if n == ADAPTER_WEIGHTS})
+    return found
 
 
 def split_reference(reference: str) -> tuple[str, str | None]:
@@ -184,6 +203,22 @@ def _cost(report: Mapping[str, Any]) -> str | None:
     memory = f"{report['peak_memory'] / 1e9:.1f} GB of memory"
     by = f" by {versions}" if versions else ""
     return f"Merged in {report['seconds']:.1f} s with {memory} on `{report['device']}`{by}."
+
+
+def _verified(found: Mapping[str, Any]) -> str | None:
+    """What was found when the result was read again."""
+    if "tensors_compared" not in found:
+        return None
+    parts = [f"{found['tensors_compared']} tensors were computed again, in memory, and are the same"]
+    if found.get("loads"):
+        parts.append("transformers loads the model with no tensor missing or left over")
+    if adapter := found.get("adapter"):
+        parts.append(
+            f"its outputs are within {adapter['largest_difference']:.2g} of those of the model with the adapter, "
+            f"which changes them by up to {adapter['adapter_effect']:.2g} (KL divergence {adapter['kl']:.2g}, the same "
+            f"first choice for {adapter['top1']:.1%} of positions)"
+        )
+    return f"Verified on the disk: {'; '.join(parts)}."
 
 
 def public_texts(

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import hf_modular
+from hf_modular.cards import save_card
 from hf_modular.checkpoints import CheckpointWriter
 from hf_modular.merging import METHODS, MergeReport, _verify, merge
 from hf_modular.merging._adapted import Adapted
@@ -78,6 +79,20 @@ def test_a_model_with_an_adapter_answers_as_before(kind, dtype, models, tmp_path
     assert figures["top1"] > 0.9
 
 
+def test_the_card_has_the_figures_and_both_parents(models, tmp_path):
+    folder = adapter("llama", models["llama"], tmp_path / "adapter")
+    recipe = one(f"{models['llama']}+{folder}")
+    figures = verified(recipe, tmp_path / "out")["adapter"]
+    save_card(tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Verified on the disk: 24 tensors were computed again, in memory, and are the same;" in card
+    assert f"within {figures['largest_difference']:.2g} of those of the model with the adapter" in card
+    assert f"| `{models['llama'].name}` (a local folder, not on the Hub) |" in card
+    assert "| `adapter` (a local folder, not on the Hub) |" in card
+    assert f"model: path/to/{models['llama'].name}+path/to/adapter" in card
+    assert str(tmp_path) not in card
+
+
 def test_an_adapter_of_a_headless_model_is_asked_without_the_head(models, tmp_path):
     torch.manual_seed(0)
     model = get_peft_model(
@@ -107,7 +122,10 @@ def test_an_adapter_that_is_lost_in_rounding_is_not_kept(models, tmp_path):
     """Each change is smaller than the last digit of the weight that it is added to."""
     folder = adapter("llama", models["llama"], tmp_path / "adapter")
     weights = load_file(folder / "adapter_model.safetensors")
-    save_file({name: t * 1e-3 if "lora_B" in name else t for name, t in weights.items()}, folder / "adapter_model.safetensors")
+    save_file(
+        {name: t * 1e-3 if "lora_B" in name else t for name, t in weights.items()},
+        folder / "adapter_model.safetensors",
+    )
     reference = f"{models['llama']}+{folder}"
     with pytest.raises(ValueError, match=r"what the adapter does is lost in bfloat16; choose a wider `dtype`"):
         verified(one(reference, dtype="bfloat16"), tmp_path / "out")
