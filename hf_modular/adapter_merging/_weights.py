@@ -70,10 +70,14 @@ class WeightMerge:
     def resolved(self) -> Mapping[str, Resolved]:
         return self.settings([*self.plan])
 
+    @property
+    def has_base(self) -> bool:
+        """Whether the method sees the zeros: one that can do without has the changes alone, which are the same."""
+        return self.method.base_model == "required"
+
     def run(self) -> tuple[dict[str, Fitted], dict[str, Tensor]]:
         """The layers of the result, and what was trained whole."""
-        has_base = self.method.base_model != "unused"
-        refuse(call_problems(self.method, self.resolved, len(self.sources), has_base))
+        refuse(call_problems(self.method, self.resolved, len(self.sources), self.has_base))
         sums = {name: coefficients(settings) for name, settings in self.resolved.items()}
         linear = {name: c for name, c in sums.items() if c is not None}
         fitted, whole = self._summed(linear) if len(linear) == len(sums) else self._merged()
@@ -96,11 +100,10 @@ class WeightMerge:
     # -- all other methods -----------------------------------------------------------------------------------
 
     def _merged(self) -> tuple[dict[str, Fitted], dict[str, Tensor]]:
-        uses_base = self.method.base_model != "unused"
-        self.beside.require_base(uses_base, self.method.name)
+        self.beside.require_base(self.has_base, self.method.name)
         models = [_Deltas(source, self) for source in self.sources]
         collected = _Collected(self, models)
-        zeros = _Zeros("the base model", self) if uses_base else None
+        zeros = _Zeros("the base model", self) if self.has_base else None
         self.notes.extend(run(self.method, self.resolved, self.plan, zeros, models, collected, self.seed))
         return {name: collected.fitted[name] for name in self.sites}, collected.whole
 
