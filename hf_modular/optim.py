@@ -22,7 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-_BUCKET = 1 << 24  # elements that are updated at a time: what is computed on the way takes a few times their memory
+# Elements that are updated at a time: what is computed on the way takes a few times their memory. On a CPU it fits the
+# cache; on an accelerator it is enough to keep it busy.
+_BUCKETS = {"cpu": 1 << 17}
+_BUCKET = 1 << 24
 
 Anchor = Tensor | float | None  # W₀ of a parameter; None: it is not pulled
 
@@ -154,9 +157,9 @@ class AdamR(Optimizer):
                 yield from self._cut(group, kind, parameters)
 
     def _cut(self, group: Mapping[str, Any], kind: type, parameters: list[Tensor]) -> "Iterator[_Bucket]":
-        start, size = 0, 0
+        start, size, most = 0, 0, _BUCKETS.get(parameters[0].device.type, _BUCKET)
         for stop, parameter in enumerate(parameters):
-            if size and size + parameter.numel() > _BUCKET:
+            if size and size + parameter.numel() > most:
                 yield self._bucket(group, kind, parameters[start:stop])
                 start, size = stop, 0
             size += parameter.numel()
@@ -250,6 +253,11 @@ class _Bucket:
         anchors = self.anchors
         if self.kind is not float:
             anchors = [anchor.to(self.device, non_blocking=True) for anchor in anchors]
+        if self.group["norm"] == "l2" and self.device.type == "cpu":  # one pass through memory, and not three
+            share = min(float(c), 1.0)
+            for parameter, anchor in zip(self.parameters, anchors, strict=True):
+                parameter.lerp_(anchor if isinstance(anchor, Tensor) else parameter.new_tensor(anchor), share)
+            return
         away = torch._foreach_sub(self.parameters, anchors)
         if self.group["norm"] == "l2":
             torch._foreach_mul_(away, c.clamp(max=1))

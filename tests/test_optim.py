@@ -56,7 +56,7 @@ def by_the_formula(parameters, steps, lr, pull, norm, normalize=True, betas=(0.9
 def test_the_formula(norm, pull, normalize, monkeypatch):
     expected = by_the_formula(parameters(0), 9, 0.1, pull, norm, normalize)
     for bucket in (1, 13, 1 << 20):
-        monkeypatch.setattr(optim, "_BUCKET", bucket)
+        monkeypatch.setattr(optim, "_BUCKETS", {"cpu": bucket})
         found = parameters(0)
         optimizer = AdamR(found, lr=0.1, pull=pull, norm=norm, normalize=normalize)
         for t in range(1, 10):
