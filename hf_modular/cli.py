@@ -88,6 +88,20 @@ def merge_adapters(
 
 
 @app.command()
+def inspect(
+    reference: Annotated[str, typer.Argument(help="A model or an adapter, as a folder or a name of the Hub.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
+) -> None:
+    """Show what a checkpoint or an adapter holds; exit code 1 if something is not as it should be."""
+    from hf_modular.inspection import inspect as run
+
+    found = run(reference)
+    typer.echo(found.to_json() if as_json else found.summary())
+    if found.problems:
+        raise typer.Exit(1)
+
+
+@app.command()
 def card(
     folder: Annotated[Path, typer.Argument(help="An adapter or a model checkpoint.")],
     license: Annotated[str | None, typer.Option(help="The licence, as the Hub spells it.")] = None,

@@ -136,3 +136,12 @@ def test_help_is_quick_to_come():
     assert (
         subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True).stderr.strip() == ""
     )
+
+
+def test_inspect(models, capsys, monkeypatch):
+    code, out, _ = run(capsys, monkeypatch, "inspect", models / "one")
+    assert code == 1  # there is no config
+    assert "model of 1 tensors, 15 parameters (15 in float32)" in out
+    assert "problem: there is no config.json" in out
+    assert json.loads(run(capsys, monkeypatch, "inspect", models / "one", "--json")[1])["parameters"] == 15
+    assert run(capsys, monkeypatch, "inspect", models / "nothing")[0] == 2

@@ -215,8 +215,8 @@ def _verified(found: Mapping[str, Any]) -> str | None:
     if adapter := found.get("adapter"):
         parts.append(
             f"its outputs are within {adapter['largest_difference']:.2g} of those of the model with the adapter, "
-            f"which changes them by up to {adapter['adapter_effect']:.2g} (KL divergence {adapter['kl']:.2g}, the same "
-            f"first choice for {adapter['top1']:.1%} of positions)"
+            f"which changes them by up to {adapter['adapter_effect']:.2g} (KL divergence {adapter['kl']:.2g}, the "
+            f"same first choice for {adapter['top1']:.1%} of positions)"
         )
     return f"Verified on the disk: {'; '.join(parts)}."
 

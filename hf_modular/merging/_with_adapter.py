@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_modular.checkpoints import StoredTensor
 from hf_modular.merging._adapted import Adapted, prefix_of
 from hf_modular.merging._adapter_folder import PREFIX, AdapterFolder
+from hf_modular.merging._architecture import architecture
 from hf_modular.merging._computed import ComputedCheckpoint, Group
 from hf_modular.merging._outline import Outline, outline
 from hf_modular.merging._sources import PROCESSING_FILES, Source, files
@@ -69,6 +70,8 @@ def _fitted(base: Source, adapter: AdapterFolder) -> tuple[Adapted, dict[str, An
     """The adapter on an outline of the class that it was trained on, and what the config must say differently."""
     if not base.config:
         raise ValueError(f"{base.reference} has no config.json, without which an adapter cannot be merged into it")
+    if base.config.get("architectures") and not architecture(base.config).shapes:
+        raise ValueError(f"transformers cannot make a model of the config of {base.reference}")
     named = [*(base.config.get("architectures") or [])[:1], adapter.model_class]
     kinds = [kind for name in dict.fromkeys(named) if name and (kind := getattr(transformers, name, None))]
     if not kinds:
