@@ -34,6 +34,13 @@ Problems = Iterator[tuple[Location, str]]
 
 _REFERENCES = {"model", "base_model", "source", "tokenizer_source", "heads", "chat_template", *COMPANIONS}
 
+# Settings of mergekit's methods, which it takes for these, too, without effect.
+_PASSED_OVER = {"density", "epsilon", "gamma", "lambda", "normalize", "rescale", "select_topk", "t", "weight"}
+_OF_MERGEKIT = {
+    *("linear", "slerp", "nuslerp", "multislerp", "karcher", "task_arithmetic", "sce", "model_stock", "nearswap"),
+    *("arcee_fusion", "passthrough"),
+}
+
 _REFUSED = {  # keys of mergekit
     "modules": "merging the modules of a model apart is not supported: merge checkpoints of each module",
     "residual_weight": "mergekit reads this key and does nothing with it: remove it",
@@ -315,9 +322,6 @@ def _model_problems(recipe: MergeRecipe) -> Problems:
 
 
 def _slice_problems(recipe: MergeRecipe) -> Problems:
-    named = {source.model for part in recipe.slices or () for source in part.sources}
-    if recipe.method.base_model == "unused" and recipe.base_model not in (None, *named):
-        yield ("base_model",), f"{recipe.merge_method!r} uses no base: remove it, or list it among the sources"
     if recipe.method.one_by_one:
         yield ("slices",), f"{recipe.merge_method!r} takes whole models one after the other: give `models`"
     for i, part in enumerate(recipe.slices or ()):
@@ -405,7 +409,9 @@ def _parameter_problems(
             continue
         if ours not in laws or key in renamed:
             allowed = sorted(laws.keys() - renamed | alias.keys.keys())
-            yield (*place, key), f"{recipe.merge_method!r} has no setting {key!r}, it has {allowed}"
+            idle = key in _PASSED_OVER and recipe.merge_method in _OF_MERGEKIT
+            hint = "; mergekit passes over it, so remove it" if idle else ""
+            yield (*place, key), f"{recipe.merge_method!r} has no setting {key!r}, it has {allowed}{hint}"
         elif per_model and not laws[ours].get("per_model"):
             yield (*place, key), f"{key!r} cannot differ between models: put it under the recipe's `parameters`"
         else:

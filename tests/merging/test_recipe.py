@@ -178,6 +178,10 @@ REFUSED = {
         "line 12, parameters.densty: 'dare_linear' has",
     ),
     "a setting of another method": (GOOD.replace("lambda", "epsilon"), "has no setting 'epsilon', it has ['density'"),
+    "without effect in mergekit": (
+        "merge_method: task_arithmetic\nbase_model: b\nmodels: [{model: a, parameters: {density: 0.5}}]\n",
+        "has no setting 'density', it has ['normalize', 'scale', 'weight']; mergekit passes over it, so remove it",
+    ),
     "our word under their name": (GOOD.replace("density: 0.25", "drop: 0.25"), "has no setting 'drop'"),
     "value outside its law": (
         GOOD.replace("density: 0.5", "density: 1.5"),

@@ -1,6 +1,7 @@
 """Slices: layers of models stacked or merged, renumbered, with the config that fits them."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -204,6 +205,19 @@ def test_threads_and_shards_change_no_bit(llamas, tmp_path):
     assert same(read(tmp_path / "many"), read(tmp_path / "one"))
     merge(tmp_path / "one" / "merge_recipe.yaml", tmp_path / "again")
     assert same(read(tmp_path / "again"), read(tmp_path / "one"))
+
+
+def test_a_base_that_gives_only_its_config(llamas, tmp_path):
+    a, b, c = llamas
+    (tmp_path / "base").mkdir()
+    for path in Path(c).iterdir():
+        (tmp_path / "base" / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "base/config.json").read_text()) | {"rope_theta_of_the_base": 7}
+    (tmp_path / "base/config.json").write_text(json.dumps(config))
+    merge(stacked((a, 0, 4), (b, 0, 1), base_model=str(tmp_path / "base")), tmp_path / "out")
+    out = json.loads((tmp_path / "out/config.json").read_text())
+    assert (out["rope_theta_of_the_base"], out["num_hidden_layers"]) == (7, 5)
+    assert same(layer(read(tmp_path / "out"), 4), layer(read(b), 0))
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------
