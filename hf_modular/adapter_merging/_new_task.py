@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 
@@ -12,10 +13,12 @@ from hf_modular.adapter_merging._files import open_adapters
 from hf_modular.adapter_merging._fit import Fitted
 from hf_modular.adapter_merging._heads import trained_whole, whole_of
 from hf_modular.adapter_merging._live import LiveBase
+from hf_modular.adapter_merging._matrix import LowRank
 from hf_modular.adapter_merging._report import AdapterReport, errors, warn_of
 from hf_modular.adapter_merging._rmm import LayerChange
 from hf_modular.adapter_merging._source import Base, Source
 from hf_modular.adapters import RMMModel
+from hf_modular.adapters._method import Site
 
 _REMEDY = "Make the RMM adapter anew from the adapters of all tasks."
 
@@ -89,10 +92,16 @@ class _NewTask:
             if name in config.whole:
                 found[name] = whole_of(self.source, self.base, name)
                 continue
-            change = LayerChange.of(self.source, site, self.rank)
+            change = self._change(site)
             A, B = found[name] = change.factors(adapter.rank, canonical=config.canonicalize)
-            fitted[name] = Fitted({}, adapter.rank, *change.distance(*adapter.nearest(A, B)))
+            near = (factor.to(change.kept.up) for factor in adapter.nearest(A, B))
+            fitted[name] = Fitted({}, adapter.rank, *change.distance(*near))
         return found, fitted
+
+    def _change(self, site: Site) -> LayerChange:
+        if site.name in self.source.sites:
+            return LayerChange.of(self.source, site, self.rank)
+        return LayerChange.nothing(site, LowRank(torch.zeros(1, 1), torch.zeros(1, 1)))
 
     def report(self, task: str, fitted: Mapping[str, Fitted]) -> AdapterReport:
         layers, error = errors(fitted)

@@ -77,7 +77,11 @@ class _Reversible:
         return Result(self._adapter_config(layers, report), in_dtype(tensors, self.sources), report)
 
     def _layer(self, site: Site) -> "_Layer":
-        changes = [LayerChange.of(source, site, self.config.rank) for source in self.sources]
+        given = {
+            i: LayerChange.of(s, site, self.config.rank) for i, s in enumerate(self.sources) if site.name in s.sites
+        }
+        nothing = LayerChange.nothing(site, next(iter(given.values())).kept)
+        changes = [given.get(i, nothing) for i in range(len(self.sources))]
         r = max(1, *(change.kept.rank for change in changes))
         pairs = [change.factors(r, canonical=self.config.canonicalize) for change in changes]
         A, B = (torch.stack(factors) for factors in zip(*pairs, strict=True))  # (n, r, positions)
@@ -182,13 +186,16 @@ class LayerChange:
             raise ValueError(
                 f"RMM needs weights with two sides, but {source.reference} changes '{site.name}', which is a norm."
             )
-        if site.name not in source.sites:
-            out, *columns = site.weight_shape
-            nothing = LowRank(torch.zeros(out, 0), torch.zeros(0, torch.Size(columns).numel()))
-            return cls(nothing, 0.0, nothing)
         change = source.change(site.name)
         bias = 0.0 if change.bias is None else float(change.bias.double().square().sum())
         return cls(change.weight, bias, _reduced(source, site, change.weight, rank, has_bias=bool(bias)))
+
+    @classmethod
+    def nothing(cls, site: Site, like: LowRank) -> "LayerChange":
+        """Of an adapter that is not on the layer."""
+        out, *columns = site.weight_shape
+        empty = LowRank(like.up.new_zeros(out, 0), like.up.new_zeros(0, torch.Size(columns).numel()))
+        return cls(empty, 0.0, empty)
 
     def factors(self, r: int, *, canonical: bool) -> tuple[Tensor, Tensor]:  # (r, columns), (r, out)
         """Padded with nothing, or truncated, to a rank."""

@@ -191,3 +191,22 @@ def test_the_adapter_is_written_for_its_base(bases, tmp_path):
     assert saved.base_model_name_or_path == str(bases["llama"])
     assert "q_proj" in saved.target_modules
     assert config.target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("config", [FLoRAConfig(ranks=[2, 3, 2, 2], scale=2), LoraConfig(r=3)], ids=["flora", "lora"])
+def test_convolutions_too(config, tmp_path):
+    """The patches of a vision transformer: a kernel whose change has the ranks along its axes."""
+    base = tiny.model("vit")
+    base.save_pretrained(tmp_path / "base")
+    rng = torch.Generator().manual_seed(5)
+    core = torch.randn(3, 2, 2, 2, generator=rng)  # (out, in, *kernel)
+    factors = [torch.randn(side, rank, generator=rng) for side, rank in zip((32, 3, 4, 4), core.shape, strict=True)]
+    change = torch.einsum("abcd,oa,ib,hc,wd->oihw", core, *factors)
+    weight = base.get_submodule("vit.embeddings.patch_embeddings.projection").weight
+    with torch.no_grad():
+        weight += 0.1 * change
+    base.save_pretrained(tmp_path / "tuned")
+    config.target_modules = ["projection"]
+    report = extract_adapter(tmp_path / "base", tmp_path / "tuned", config, tmp_path / "out")
+    assert report.error < 1e-4
+    assert difference(back("vit", tmp_path / "out"), base.state_dict(), tiny.model("vit")) < 1e-4
