@@ -365,6 +365,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--suite", choices=SUITES, help="only this one")
     parser.add_argument("--quick", action="store_true", help="a few steps; the figures mean nothing")
+    parser.add_argument("--seeds", type=int, default=3, help="of each case")
     parser.add_argument("--workers", type=int, default=1, help="processes, of one thread each")
     parser.add_argument("--cache", type=Path, default=HERE.parent / ".peers" / "quality", help="finished trainings")
     parser.add_argument("--output", type=Path, help="a folder; benchmarks/results, or the cache with --quick")
@@ -383,7 +384,7 @@ def main() -> None:
     results = {}
     with worker_map(arguments.workers) as over:
         for name in [arguments.suite] if arguments.suite else SUITES:
-            plan = replace(FULL[name], cache=str(arguments.cache))
+            plan = replace(FULL[name], cache=str(arguments.cache), seeds=tuple(range(arguments.seeds)))
             plan = quick(plan) if arguments.quick else plan
             results[name] = run(plan, Ledger(arguments.cache / f"{name}.jsonl", plan, over))
     print(write(results, output, {name: version(name) for name in PACKAGES}))
