@@ -318,7 +318,8 @@ def test_all_recipes_may_name_adapters(bases, tmp_path):
         torch.testing.assert_close(found[name], wanted, rtol=1e-5, atol=1e-5)
     inputs = {entry["model"]: entry for entry in report.inputs}
     described = inputs[f"{base}+{two}"]
-    assert described["adapter"] == {"peft_type": "LORA", "layers": 6, "rank": 3}
+    about = {"peft_type": "LORA", "layers": 6, "model_class": "LlamaForCausalLM", "rank": 3}
+    assert described["adapter"] == about
     assert described["files"].keys() == {"model.safetensors", "adapter_model.safetensors"}
     again = merge(tmp_path / "out" / "merge_recipe.yaml", tmp_path / "again", workers=1, progress=False)
     assert again.outputs == report.outputs

@@ -36,14 +36,14 @@ def original(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=SETTINGS)
 def quantised(request, original, tmp_path_factory):
-    """The model in memory, and its folder."""
+    """The model in memory, its folder, and what the codes of a layer stand for."""
     settings = tf.BitsAndBytesConfig(**SETTINGS[request.param])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = tf.AutoModelForCausalLM.from_pretrained(original, quantization_config=settings, device_map="cpu")
         folder = tmp_path_factory.mktemp(request.param)
         model.save_pretrained(folder)
-    return model, folder
+    return model, folder, by_bitsandbytes(model.get_submodule(QUERY))  # now: to run it packs its weights anew
 
 
 def by_bitsandbytes(layer):
@@ -69,12 +69,10 @@ def test_a_quantised_model_is_refused_unless_it_may_be_dequantised(quantised, tm
 
 
 def test_what_the_codes_stand_for_is_merged(quantised, original, tmp_path):
-    model, folder = quantised
+    model, folder, query = quantised
     found = result(folder, tmp_path / "out", base_precision="dequantized")
     assert found.keys() == load_file(original / "model.safetensors").keys()
-    torch.testing.assert_close(
-        found[f"{QUERY}.weight"], by_bitsandbytes(model.get_submodule(QUERY)), rtol=1e-6, atol=1e-7
-    )
+    torch.testing.assert_close(found[f"{QUERY}.weight"], query, rtol=1e-6, atol=1e-7)
     loaded, info = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values())
     assert getattr(loaded.config, "quantization_config", None) is None
@@ -82,7 +80,7 @@ def test_what_the_codes_stand_for_is_merged(quantised, original, tmp_path):
 
 
 def test_an_adapter_is_merged_into_either(quantised, original, tmp_path):
-    model, folder = quantised
+    _, folder, query = quantised
     torch.manual_seed(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -92,11 +90,13 @@ def test_an_adapter_is_merged_into_either(quantised, original, tmp_path):
         adapted.save_pretrained(tmp_path / "adapter")
     layer = adapted.get_submodule(f"base_model.model.{QUERY}")
     delta = layer.get_delta_weight("default").detach()
-    onto_codes = result(f"{folder}+{tmp_path / 'adapter'}", tmp_path / "codes", base_precision="dequantized", adapter_base="any")
+    onto_codes = result(
+        f"{folder}+{tmp_path / 'adapter'}", tmp_path / "codes", base_precision="dequantized", adapter_base="any"
+    )
     onto_original = result(f"{original}+{tmp_path / 'adapter'}", tmp_path / "original", base_precision="original")
     name = f"{QUERY}.weight"
     close = {"rtol": 1e-6, "atol": 1e-6}
-    torch.testing.assert_close(onto_codes[name], by_bitsandbytes(model.get_submodule(QUERY)) + delta, **close)
+    torch.testing.assert_close(onto_codes[name], query + delta, **close)
     torch.testing.assert_close(onto_original[name], load_file(original / "model.safetensors")[name] + delta, **close)
 
 
