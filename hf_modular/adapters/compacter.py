@@ -191,18 +191,24 @@ class PHM(nn.Module):
         x: Tensor,  # (*, in)
         rule: Tensor | None,  # (n, n, n), the shared one
     ) -> Tensor:  # (*, out)
-        A = cast(Tensor, self.A if rule is None else rule)
-        if self.fast:
-            return F.linear(*self._factors(x, A), self.bias)
-        W = self.S @ self.T if self.factorized else self.W
-        H = torch.einsum("iac,ikp->cpak", A, W).flatten(2).flatten(0, 1)  # (out, in)
-        return F.linear(x, H, self.bias)
+        x, matrix = self._factors(x, cast(Tensor, self.A if rule is None else rule))
+        if len(matrix) >= matrix.shape[1]:
+            return F.linear(x, matrix.T, self.bias)
+        # the bias as one more row: neither adding it nor its gradient then passes over the larger output
+        return F.pad(x, (0, 1), value=1.0) @ torch.cat([matrix, self.bias.unsqueeze(0)])
 
-    def _factors(self, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:
-        """X S as (*, n·n·rank), and Σᵢ Aᵢᵀ ⊗ Tᵢ as (out, n·n·rank)."""
-        U = x.unflatten(-1, (len(A), -1)) @ self.S.transpose(0, 1).flatten(1)  # (*, n, n·rank)
-        R = A.permute(2, 1, 0)[:, None, :, :, None] * self.T.permute(2, 0, 1)[None, :, None]  # (c, p, a, i, rank)
-        return U.flatten(-2), R.flatten(2).flatten(0, 1)
+    def _factors(self, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:  # (*, k), (k, out)
+        """What x H is the product of: X S and the rows of all Aᵢ ⊗ Tᵢ if fast, else x and H."""
+        if not self.factorized:
+            H = A.flatten(1).T @ self.W.flatten(1)  # (a·c, k·p)
+            return x, H.view(*A.shape[1:], *self.W.shape[1:]).transpose(1, 2).flatten(2).flatten(0, 1)
+        S = self.S.transpose(0, 1).flatten(1)  # (in/n, i·rank)
+        AT = A.flatten(1)[:, None, :, None] * self.T[:, :, None]  # (i, rank, a·c, p)
+        AT = AT.view(S.shape[1], len(A), len(self.bias))  # (i·rank, a, out)
+        if self.fast:
+            return (x.reshape(-1, len(S)) @ S).view(*x.shape[:-1], -1), AT.transpose(0, 1).flatten(0, 1)
+        H = S @ AT.flatten(1)
+        return x, H.view(len(S), *AT.shape[1:]).transpose(0, 1).flatten(0, 1)
 
 
 class Compacter(Adapter):
@@ -229,7 +235,7 @@ class Compacter(Adapter):
         # one matrix of all tokens: of other inputs a product takes another path where gradients are wanted
         h = y.reshape(-1, y.shape[-1])
         hidden = ACTIVATIONS[self.activation](self.down(h.to(self.down.bias.dtype), rule))
-        return plus(self.up(hidden, rule), h).reshape(y.shape)
+        return plus(self.up(hidden, rule), h).view(y.shape)
 
 
 def _bottleneck(config: CompacterConfig, site: Site) -> int:
