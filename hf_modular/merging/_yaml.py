@@ -73,6 +73,8 @@ def _lines(node: yaml.Node | None, place: Location, budget: list[int]) -> Iterat
     budget[0] -= 1
     if budget[0] < 0 or len(place) > _DEPTH:
         raise ValueError("it is nested too deeply or repeats its parts too often")
+    if isinstance(node, yaml.ScalarNode):
+        _refuse_halves(node.value, node.start_mark.line + 1)
     for key, line, value in _parts(node):
         yield (*place, key), line
         yield from _lines(value, (*place, key), budget)
@@ -88,4 +90,13 @@ def _parts(node: yaml.Node | None) -> Iterator[tuple[str | int, int, yaml.Node]]
             if name in seen:
                 raise ValueError(f"line {line}: the key {name!r} was given in line {seen[name]} already")
             seen[name] = line
+            _refuse_halves(name, line)
             yield name, line, value
+
+
+def _refuse_halves(text: str, line: int) -> None:
+    """Half a surrogate pair, which YAML can spell, is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"line {line}: {text!r:.100} must be text, but has half a surrogate pair") from None

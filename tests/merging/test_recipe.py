@@ -277,6 +277,11 @@ REFUSED = {
         + "".join(f"{y}: &{y} [{', '.join([f'*{x}'] * 8)}]\n" for x, y in pairwise("abcdefg")),
         "nested too deeply or repeats",
     ),
+    "half a character": (
+        GOOD.replace("org/two", '"\\ud800"'),
+        "line 8: '\\ud800' must be text, but has half a surrogate",
+    ),
+    "half a character in a key": (GOOD.replace("densty", "") + '"\\ud800": 1\n', "line 17: '\\ud800' must be text"),
     "alias to itself": ("a: &a [*a]\n", "nested too deeply or repeats"),
     "deep nesting": ("a: " + "[" * 3000, "must hold a YAML recipe"),
     "too long": ("# " + "x" * (1 << 20), "must have at most"),
