@@ -27,6 +27,7 @@ bench: .venv/.ready
 bench-quality: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r benchmarks/requirements.txt
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging_quality.py
 
 # PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
 conformance: .venv/.ready
