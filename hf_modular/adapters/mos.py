@@ -109,10 +109,11 @@ class MoSPool(nn.Module):
         shards = config.budget_r * layers * config.shards
         self.private = config.private_r * config.shards  # of each layer
         self.public = shards - self.private * layers
-        self.A = nn.Parameter(torch.empty(shards, columns // config.shards).uniform_(-1, 1) / columns**0.5)
+        bound = columns**-0.5
+        self.A = nn.Parameter(torch.empty(shards, columns // config.shards).uniform_(-bound, bound))
         self.B = nn.Parameter(torch.zeros(shards, out_features // config.shards))
         if not config.init_weights:
-            nn.init.uniform_(self.B, -(columns**-0.5), columns**-0.5)
+            nn.init.uniform_(self.B, -bound, bound)
 
     def forward(
         self,
