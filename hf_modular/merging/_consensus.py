@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_modular.merging._method import MergeMethod, Stack, Stacks, total_weight
+from hf_modular.merging._method import RUN, MergeMethod, Stack, Stacks, total_weight
 
 Election = Literal["none", "symmetric", "mergekit"]
 Rescale = Literal["none", "inverse", "norm"]
@@ -82,10 +82,14 @@ class SparseTaskVectors(MergeMethod):
         plan = self.plan(stacks)
         if self.rescale != "norm" or not self.elementwise:
             return Survey(plan, None)
-        return Survey(plan, norm_ratios(stacks.map(lambda stack: norms(stack, self.thinned(stack, plan)))))
+        return Survey(plan, norm_ratios(stacks.map(lambda stack: self.norms(stack, plan))))
 
     def merge(self, stack: Stack, survey: Survey) -> Tensor:
         return self.fused(stack, self.thinned(stack, survey.plan), survey.ratios)
+
+    def norms(self, stack: Stack, plan: Any) -> list[float]:
+        """The L1 norms of the task vectors, and of what is kept of them."""
+        return norms(stack, self.thinned(stack, plan))
 
     def thinned(self, stack: Stack, plan: Any = None) -> Iterator[Tensor]:  # n times (*shape)
         return (self.thin(stack, i, density, plan) for i, density in enumerate(self.densities(stack)))
@@ -95,18 +99,24 @@ class SparseTaskVectors(MergeMethod):
         weights = stack.weights.tolist()
         scales = (weight * factor for weight, factor in zip(weights, ratios or self._factors(stack), strict=True))
         terms = [term.mul_(scale) for term, scale in zip(kept, scales, strict=True)]
-        return self._combined(terms, stack.weights).mul_(self.scale).add_(stack.base)
+        merged = torch.empty(stack.base.shape, dtype=stack.base.dtype, device=stack.base.device)
+        divisor = total_weight(stack.weights) if self.normalize and self.election == "none" else 1.0
+        for result, base, *run in zip(*map(_runs, (merged, stack.base, *terms)), strict=True):
+            torch.add(self._combined(run, weights, divisor), base, out=result)
+        return merged
 
     def _factors(self, stack: Stack) -> list[float]:
         """cᵢ without "norm"."""
         return [self.inverse(density) if self.rescale == "inverse" else 1.0 for density in self.densities(stack)]
 
-    def _combined(self, terms: Sequence[Tensor], weights: Tensor) -> Tensor:  # (*shape)
+    def _combined(self, terms: Sequence[Tensor], weights: Sequence[float], divisor: float) -> Tensor:  # (size,)
+        """λ d"""
         total = summed(terms)
         if self.election == "none":
-            return total.div_(total_weight(weights)) if self.normalize else total
-        shares = (weights if self.election == "mergekit" else weights.abs()).tolist()
-        return agreeing(terms, elected(total, self.election), shares if self.normalize else None)
+            return _scaled(total if divisor == 1 else total.div_(divisor), self.scale)
+        shares = weights if self.election == "mergekit" else [abs(weight) for weight in weights]
+        agreed = agreeing(terms, elected(total, self.election), shares if self.normalize else None)
+        return _scaled(agreed, self.scale)
 
 
 def rescale_word(value: bool | str) -> Any:
@@ -140,12 +150,27 @@ def agreeing(terms: Iterable[Tensor], signs: Tensor, shares: Sequence[float] | N
         if shares is not None:
             divisor.add_(agrees.sign_(), alpha=shares[i])
     total.mul_(signs)
-    return total if shares is None else total.div_(divisor.add_(torch.eq(divisor, 0, out=scratch)))
+    if shares is None:
+        return total
+    if min(shares) > 0:
+        return total.div_(divisor.clamp_(min=min(shares)))  # where nobody agrees, 0 is divided by anything
+    return total.div_(divisor.add_(torch.eq(divisor, 0, out=scratch)))
+
+
+def _runs(x: Tensor) -> Sequence[Tensor]:
+    """A few elements at a time, which stay in a core's cache."""
+    return x.reshape(-1).split(2 * RUN)
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    return x if scale == 1 else x.mul_(scale)
 
 
 def norms(stack: Stack, kept: Iterable[Tensor]) -> list[float]:
     """The L1 norms of the task vectors, and of what is kept of them."""
-    return [float(x.abs().sum()) for x in chain(stack.task_vectors(), kept)]  # pairwise: as good as rounded once
+    size = torch.empty_like(stack.base)
+    vectors = chain(stack.task_vectors(), kept)
+    return [float(torch.abs(x, out=size).sum()) for x in vectors]  # pairwise: as good as rounded once
 
 
 def norm_ratios(parts: Iterable[list[float]]) -> list[float]:

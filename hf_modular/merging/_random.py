@@ -7,6 +7,7 @@ a place that is its flat index, and the generator can jump there. So the number 
 chunks, order, shards or workers it is drawn. (Philox, whose counter is the place, takes twice as long.)
 """
 
+from collections import OrderedDict
 from functools import lru_cache
 from hashlib import blake2b
 from threading import local
@@ -17,6 +18,8 @@ import torch
 from torch import Tensor
 
 _WORD = 8  # bytes that the generator makes at a time
+_PERIOD = 1 << 128
+_STREAMS = 64  # generators that a thread keeps
 _KEPT = local()
 
 
@@ -48,24 +51,37 @@ def _lanes(key: str, start: int, count: int, dtype: str) -> np.ndarray[Any, Any]
     """Elements start, ..., start + count - 1 of the endless array of random `dtype` that belongs to the key."""
     per_word = _WORD // np.dtype(dtype).itemsize
     word, skip = divmod(start, per_word)
-    bits = _generator(key, word).random_raw(-(-(skip + count) // per_word))
+    streams: OrderedDict[str, _Stream] = _KEPT.__dict__.setdefault("streams", OrderedDict())  # this thread's
+    if key not in streams:
+        streams[key] = streams.popitem(last=False)[1] if len(streams) == _STREAMS else _Stream()
+        streams[key].begin(key)
+    bits = streams[key].words(word, -(-(skip + count) // per_word))
     return bits.astype("<u8", copy=False).view(dtype)[skip : skip + count]
 
 
-def _generator(key: str, word: int) -> np.random.PCG64DXSM:
-    """The thread's generator, set to a place in the key's stream; a new one would take longer to make."""
-    if not hasattr(_KEPT, "generator"):
-        _KEPT.generator = np.random.PCG64DXSM(0)
-    state, increment = _digest(key)
-    generator: np.random.PCG64DXSM = _KEPT.generator
-    generator.state = {
-        "bit_generator": "PCG64DXSM",
-        "state": {"state": state, "inc": increment | 1},  # an odd increment makes the period full
-        "has_uint32": 0,
-        "uinteger": 0,
-    }
-    generator.advance(word)
-    return generator
+class _Stream:
+    """A generator and its place, where the next block of a tensor mostly goes on: to set one to a place takes time."""
+
+    def __init__(self) -> None:
+        self._generator = np.random.PCG64DXSM(0)
+        self._place = 0
+
+    def begin(self, key: str) -> None:
+        state, increment = _digest(key)
+        self._generator.state = {
+            "bit_generator": "PCG64DXSM",
+            "state": {"state": state, "inc": increment | 1},  # an odd increment makes the period full
+            "has_uint32": 0,
+            "uinteger": 0,
+        }
+        self._place = 0
+
+    def words(self, start: int, count: int) -> np.ndarray[Any, Any]:
+        if start != self._place:
+            self._generator.advance((start - self._place) % _PERIOD)
+        self._place = start + count
+        words: np.ndarray[Any, Any] = self._generator.random_raw(count)
+        return words
 
 
 def _hashed(key: str, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

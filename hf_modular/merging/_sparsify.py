@@ -21,7 +21,7 @@ from torch.nn.functional import hardshrink
 from hf_modular.merging._method import Stack, Stacks
 
 Array = np.ndarray[Any, Any]
-Rows = Callable[[Stack], Iterable[Tensor]]  # the numbers that a stack gives, a tensor for each model
+Rows = Callable[[Stack], Iterable[Tensor]]  # the numbers that a stack gives, a tensor for each model; used up
 
 _SAMPLE = 1 << 14  # elements of each stack of a sample
 _SPREAD = 5  # standard deviations of a sample's quantile that a guess leaves to each side,
@@ -180,7 +180,8 @@ def _reached(counts: Sequence[int], number: int) -> tuple[int, int]:
 
 
 def _guesses(stacks: Stacks, rows: Rows, targets: Sequence[Sequence[Target]]) -> list[list[_Window]]:
-    parts = zip(*([_magnitudes(stack, row) for row in rows(stack)] for stack in stacks.sample(_SAMPLE)), strict=True)
+    sample = stacks.sample(_SAMPLE)
+    parts = zip(*([_magnitudes(stack, row).copy() for row in rows(stack)] for stack in sample), strict=True)
     samples = [np.sort(np.concatenate(model)) for model in parts]
     return [[_around(sample, target) for target in row] for sample, row in zip(samples, targets, strict=True)]
 
@@ -229,8 +230,8 @@ def _tally(sizes: Array) -> _Tally:
 
 
 def _magnitudes(stack: Stack, row: Tensor) -> Array:
-    """|x|, flat; the selection is made on the CPU, whatever the device."""
-    sizes: Array = row.abs().reshape(-1).numpy(force=True)
+    """|x| in the place of x, flat; the selection is made on the CPU, whatever the device."""
+    sizes: Array = row.abs_().reshape(-1).numpy(force=True)
     if sizes.size and not np.isfinite(sizes.max()):
         raise ValueError(f"{stack.name} must be finite in the base and in all models, but has NaN or infinite values")
     return sizes

@@ -125,6 +125,15 @@ class DAREConfig(SparseTaskVectors):
             return delta.mul_(column.bernoulli(model, density).view(1, -1, *[1] * (delta.ndim - 2)))
         return delta.mul_(stack.bernoulli(model, density))
 
+    def norms(self, stack: Stack, plan: list[Cut]) -> list[float]:
+        if self.mask != "random":
+            return super().norms(stack, plan)
+        pairs = []
+        for model, (delta, density) in enumerate(zip(stack.task_vectors(), self.densities(stack), strict=True)):
+            size = delta.abs_()
+            pairs.append((float(size.sum()), float(size.mul_(stack.bernoulli(model, density)).sum())))
+        return [before for before, _ in pairs] + [after for _, after in pairs]
+
     def _factors(self, stack: Stack) -> list[float]:
         if self.rescale != "q":
             return super()._factors(stack)

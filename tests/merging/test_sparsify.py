@@ -30,7 +30,7 @@ def selected(x, fraction, early, *, surveyed, merged, sampled=None):
     """In chunks of one size surveyed, and of another merged."""
     stack = stack_of(torch.zeros_like(x), x)
     chunks = Chunks(stack, surveyed, sampled)
-    [[cut]] = cuts(chunks, lambda part: part.models, [[Target(partial(share, fraction), early)]])
+    [[cut]] = cuts(chunks, lambda part: part.deltas, [[Target(partial(share, fraction), early)]])
     parts = [large(part.models[0], cut, part.offset).flatten() for part in Chunks(stack, merged)]
     return torch.cat(parts).view(x.shape), chunks.passes
 
