@@ -73,7 +73,7 @@ def compacter(**settings: dict[str, Any]) -> Callable[[str], Any]:
 CASES = (
     Case("full fine-tuning", "full", lambda suite: None),
     Case("LoRA r=1", "LoRA", everywhere("LoraConfig", r=1, lora_alpha=1)),
-    Case("LoRA r=2", "LoRA", everywhere("LoraConfig", r=2, lora_alpha=2), rate_of="LoRA r=1"),
+    Case("LoRA r=2", "LoRA", everywhere("LoraConfig", r=2, lora_alpha=2)),
     Case("LoRA r=8 (default)", "LoRA", everywhere("LoraConfig", r=8, lora_alpha=8)),
     Case(
         "LoRA r=9",
