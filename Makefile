@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench bench-quality peers conformance clean
+.PHONY: demo test lint bench bench-adapters bench-quality peers conformance clean
 
 demo: .venv/.ready
 	$(BIN)/hf-modular demo --output demo-output
@@ -17,8 +17,7 @@ lint: .venv/.ready
 
 # About an hour; the models to merge take 6 GB, best on a file system in memory.
 BENCH_MODELS ?= .peers/merge-bench
-bench: .venv/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapters.py
+bench: bench-adapters
 	test -d $(BENCH_MODELS) || $(BIN)/python benchmarks/make_models.py $(BENCH_MODELS)
 	$(BIN)/python benchmarks/merge.py $(BENCH_MODELS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapter_merging.py
@@ -28,6 +27,10 @@ bench-quality: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r benchmarks/requirements.txt
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging_quality.py
+
+# About twelve minutes on one core; `make bench-adapters QUICK=1` about five.
+bench-adapters: .venv/.ready
+	$(BIN)/python benchmarks/adapters.py $(if $(QUICK),--quick)
 
 # PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
 conformance: .venv/.ready

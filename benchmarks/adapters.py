@@ -1,141 +1,172 @@
-"""What a training step of each adapter costs, beside PEFT's own methods on the same targets.
+"""What each adapter costs, beside PEFT's own methods on the same targets.
 
-    python benchmarks/adapters.py                 # all cases, about twenty minutes on one core
-    python benchmarks/adapters.py --models llama --rounds 3 --only lora,hut_tile
+    python benchmarks/adapters.py              # three rounds, about twelve minutes on one core
+    python benchmarks/adapters.py --quick      # one round
+    python benchmarks/adapters.py --models llama --only hut_tile,hira
 
-Every case runs in a process of its own on one pinned core; the cases are interleaved over several rounds, and a
-method's figure is the median over the rounds of its ratio to LoRA's in the same round. A step is forward, backward
-and AdamW. `saved` counts the bytes of distinct storages that autograd keeps for backward; `peak` is what the
-process's resident memory rose by. `decode` is one token of generation at batch 1 with the adapter active and
-`merged` the same after merging. On a GPU (`--device cuda`) peak is the allocator's and nothing is pinned.
+Every case runs in a process of its own, on one thread of a pinned core; the cases are interleaved over several
+rounds, and a figure is the median over the rounds of its ratio within the same round. With LoRA of rank 8 as 1:
+
+- `step`: forward, backward and AdamW (processor time; on a GPU, elapsed time);
+- `saved`: the bytes of distinct storages that autograd keeps for backward, parameters left out;
+- `peak`: what the process's memory rose by in training (on a GPU, the allocator's peak).
+
+With the same model without an adapter as 1: `alone`, inference at batch 1 with the adapter active (for the decoder,
+one token of generation), and `merged`, the same after merging. The layer of Compacter is measured by itself too. A
+GPU is used if there is one.
 """
 
 import argparse
 import json
+import multiprocessing
 import os
+import platform
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-LLAMA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BERT_TARGETS = ["query", "key", "value", "dense"]
-CONV_TARGETS = r".*(dwconv|pwconv1|pwconv2|layernorm|patch_embeddings|downsampling_layer\.\d)"
-LINEAR_CASES = [
-    "lora",
-    "hut_tile",
-    "hut_row_column",
-    "hut_low_rank",
-    "ssf",
-    "mos",
-    "flora",
-    "compacter",
-    "hira",
-    "vera",
-    "vblora",
-    "ia3",
-    "oft",
-    "hra",
-    "miss",
-    "road",
-    "dora",
-    "full",
-]
-CASES = {"llama": LINEAR_CASES, "bert": LINEAR_CASES, "convnext": ["lora", "ssf", "flora", "hut_tile", "loha", "full"]}
+OURS = ["hut_tile", "hut_row_column", "hut_low_rank", "ssf", "mos", "flora", "compacter"]
+PEERS = ["hira", "vera", "vblora", "ia3", "oft", "hra", "miss", "road", "dora", "loha", "full"]
+CASES = {
+    "llama": ["lora", *OURS, *PEERS],
+    "bert": ["lora", *OURS, *PEERS],
+    "convnext": ["lora", "ssf", "flora", "hut_tile", "hira", "loha", "full"],
+}
+TARGETS = {
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    "bert": ["query", "key", "value", "dense"],
+    "convnext": r".*(pwconv\d|downsampling_layer\.1|patch_embeddings)",
+}
+PRELOADED = ["torch", "peft", "hf_modular", *(f"transformers.models.{m}.modeling_{m}" for m in CASES)]
+RATIOS = ["step", "saved", "peak"]  # to LoRA
+COLUMNS = [*RATIOS, "alone", "merged"]
 
 
-def make_config(case: str, targets):
+def make_config(case: str, targets: Any) -> Any:
     """The config of a case; PEFT's methods at the settings of their documentation, rank 8 where there is one."""
     import peft
 
     import hf_modular
 
-    t = {"target_modules": targets}
-    makers = {
-        "lora": lambda: peft.LoraConfig(r=8, lora_alpha=16, **t),
-        "dora": lambda: peft.LoraConfig(r=8, lora_alpha=16, use_dora=True, **t),
-        "hira": lambda: peft.HiraConfig(r=8, **t),
-        "vera": lambda: peft.VeraConfig(r=256, **t),
-        "vblora": lambda: peft.VBLoRAConfig(r=4, num_vectors=256, vector_length=128, **t),
-        "ia3": lambda: peft.IA3Config(feedforward_modules=[], **t),
-        "oft": lambda: peft.OFTConfig(oft_block_size=32, **t),
-        "hra": lambda: peft.HRAConfig(r=8, **t),
-        "miss": lambda: peft.MissConfig(r=64, **t),
-        "road": lambda: peft.RoadConfig(**t),
-        "loha": lambda: peft.LoHaConfig(r=8, **t),
-        "hut_tile": lambda: hf_modular.HUTConfig(r=8, form="tile", **t),
-        "hut_row_column": lambda: hf_modular.HUTConfig(r=8, form="row_column", **t),
-        "hut_low_rank": lambda: hf_modular.HUTConfig(r=8, form="low_rank", **t),
-        "ssf": lambda: hf_modular.SSFConfig(**t),
-        "mos": lambda: hf_modular.MoSConfig(budget_r=2, r=8, **t),
-        "flora": lambda: hf_modular.FLoRAConfig(r=8, **t),
-        "compacter": lambda: hf_modular.CompacterConfig(reduction_factor=32, **t),
+    makers: dict[str, Callable[..., Any]] = {
+        "lora": partial(peft.LoraConfig, r=8, lora_alpha=16),
+        "dora": partial(peft.LoraConfig, r=8, lora_alpha=16, use_dora=True),
+        "hira": partial(peft.HiraConfig, r=8),
+        "vera": partial(peft.VeraConfig, r=256),
+        "vblora": partial(peft.VBLoRAConfig, r=4, num_vectors=256, vector_length=64),
+        "ia3": partial(peft.IA3Config, feedforward_modules=[]),
+        "oft": partial(peft.OFTConfig, oft_block_size=32),
+        "hra": partial(peft.HRAConfig, r=8),
+        "miss": partial(peft.MissConfig, r=64),
+        "road": peft.RoadConfig,
+        "loha": partial(peft.LoHaConfig, r=8),
+        **{f"hut_{form}": partial(hf_modular.HUTConfig, form=form) for form in ("tile", "row_column", "low_rank")},
+        "ssf": hf_modular.SSFConfig,
+        "mos": partial(hf_modular.MoSConfig, r=8),
+        "flora": hf_modular.FLoRAConfig,
+        "compacter": hf_modular.CompacterConfig,
     }
-    return makers[case]()
+    return makers[case](target_modules=targets)
 
 
-def make_model(name: str):
-    """(model, batch, targets) of about 25 million parameters and a realistic number of tokens."""
+def make_model(name: str) -> tuple[Any, dict[str, Any]]:
+    """A model of 20 to 25 million parameters, and a batch with a realistic number of tokens."""
     import torch
     import transformers as tf
 
     torch.manual_seed(0)
     if name == "llama":
-        config = tf.LlamaConfig(
-            vocab_size=4096, hidden_size=384, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=6
-        )
+        sizes = {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 6}
         ids = torch.randint(0, 4096, (4, 128))
-        return tf.LlamaForCausalLM(config), {"input_ids": ids, "labels": ids}, LLAMA_TARGETS
+        return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=4096, **sizes)), {"input_ids": ids, "labels": ids}
     if name == "bert":
-        config = tf.BertConfig(
-            vocab_size=8192, hidden_size=448, intermediate_size=1792, num_hidden_layers=9, num_attention_heads=7
-        )
+        sizes = {"hidden_size": 448, "intermediate_size": 1792, "num_hidden_layers": 9, "num_attention_heads": 7}
         batch = {"input_ids": torch.randint(0, 8192, (8, 64)), "labels": torch.randint(0, 2, (8,))}
-        return tf.BertForSequenceClassification(config), batch, BERT_TARGETS
+        return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=8192, **sizes)), batch
     config = tf.ConvNextConfig(hidden_sizes=[80, 160, 320, 640], depths=[3, 3, 9, 3], image_size=64, num_labels=10)
     batch = {"pixel_values": torch.randn(8, 3, 64, 64), "labels": torch.randint(0, 10, (8,))}
-    return tf.ConvNextForImageClassification(config), batch, CONV_TARGETS
+    return tf.ConvNextForImageClassification(config), batch
 
 
-def adapted(case: str, model, targets):
+# -- in the process of a case ----------------------------------------------------------------------------------------
+
+
+def measure(name: str, case: str, options: argparse.Namespace) -> dict[str, float]:
+    """The figures of one method on one model."""
+    prepare(options)
+    model, batch = make_model(name)
+    model = model.to(options.device)
+    batch = {key: value.to(options.device) for key, value in batch.items()}
     if case == "full":
-        return model
+        return training(model.train(), batch, options)
+    bare = alone(model, batch, options.device)
     from peft import get_peft_model
 
-    return get_peft_model(model, make_config(case, targets))
+    model = get_peft_model(model, make_config(case, TARGETS[name]))
+    figures = training(model.train(), batch, options)
+    figures["alone"] = alone(model, batch, options.device) / bare
+    try:
+        model.merge_adapter()
+    except (ValueError, AttributeError, NotImplementedError):
+        return figures  # it cannot be merged
+    return figures | {"merged": alone(model, batch, options.device) / bare}
 
 
-def measure(name: str, case: str, device: str, steps: int) -> dict[str, float]:
-    """One case, in this process."""
+def prepare(options: argparse.Namespace) -> None:
+    """One thread, on the core that was asked for, and no messages."""
     import torch
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     torch.set_num_threads(1)
-    model, batch, targets = make_model(name)
-    model = adapted(case, model.to(device), targets).train()
-    batch = {key: value.to(device) for key, value in batch.items()}
+    if options.cpu is not None:
+        os.sched_setaffinity(0, {options.cpu})
+
+
+def training(model: Any, batch: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    import torch
+
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-4)
-    saved = saved_bytes(model, batch)
-    before = resident() if device == "cpu" else 0
-    times = []
-    for _ in range(steps):
-        start = now(device)
+
+    def step() -> None:
         model(**batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        times.append(now(device) - start)
-    peak = (resident(peak=True) - before) if device == "cpu" else torch.cuda.max_memory_allocated()
-    figures = {
-        "step": min(times[1:]),
-        "saved": saved,
-        "peak": peak,
-        "trainable": sum(p.numel() for p in trained),
-    }
-    return figures | (decoding(model, batch, case, device) if name == "llama" and case != "full" else {})
+
+    saved, before = saved_bytes(model, batch), resident()
+    times = [elapsed(step, options.device) for _ in range(options.steps + 1)]
+    on_cpu = options.device == "cpu"
+    peak = resident(peak=True) - before if on_cpu else torch.cuda.max_memory_allocated()
+    return {"step": min(times[1:]), "saved": saved, "peak": peak, "trainable": sum(p.numel() for p in trained)}
+
+
+def alone(model: Any, batch: dict[str, Any], device: str) -> float:
+    """The time of inference at batch 1; of a decoder, of one more token."""
+    import torch
+
+    key, inputs = next(iter(batch.items()))
+    given = {key: inputs[:1]}
+    model.eval()
+    with torch.no_grad():
+        if model.config.model_type == "llama":
+            cache = model(**given, use_cache=True).past_key_values
+            given = {key: inputs[:1, :1], "past_key_values": cache, "use_cache": True}
+        return min(elapsed(lambda: model(**given), device) for _ in range(20))
+
+
+def elapsed(action: Callable[[], object], device: str) -> float:
+    """Seconds: of the processor, or on a GPU of the clock."""
+    start = now(device)
+    action()
+    return now(device) - start
 
 
 def now(device: str) -> float:
@@ -154,14 +185,13 @@ def resident(*, peak: bool = False) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def saved_bytes(model, batch) -> int:
-    """The bytes of distinct storages that autograd keeps for backward, parameters left out."""
+def saved_bytes(model: Any, batch: dict[str, Any]) -> int:
     import torch
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    kept = {}
+    kept: dict[int, int] = {}
 
-    def pack(tensor):
+    def pack(tensor: Any) -> Any:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
@@ -173,117 +203,162 @@ def saved_bytes(model, batch) -> int:
     return sum(kept.values())
 
 
-def decoding(model, batch, case: str, device: str) -> dict[str, float]:
+def measure_phm(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Milliseconds of a PHM layer, 768 to 24 on 12,800 tokens, by the ways there are to compute it."""
+    prepare(options)
     import torch
 
-    def one_token() -> float:
-        with torch.no_grad():
-            cache = model(input_ids=batch["input_ids"][:1, :16], use_cache=True).past_key_values
-            times = []
-            for _ in range(12):
-                start = now(device)
-                model(input_ids=batch["input_ids"][:1, :1], past_key_values=cache, use_cache=True)
-                times.append(now(device) - start)
-        return min(times)
+    from hf_modular import CompacterConfig
+    from hf_modular.adapters.compacter import PHM
 
-    model.eval()
-    figures = {"decode": one_token()}
+    fast, dense = (PHM(CompacterConfig(fast=fast), 768, 24).to(options.device) for fast in (True, False))
+    rule = torch.randn(4, 4, 4, device=options.device, requires_grad=True)
+    x = torch.randn(12_800, 768, device=options.device, requires_grad=True)
+
+    def product_by_product() -> Any:
+        """Each Kronecker product at full size, then their sum, as reference code does it."""
+        W = dense.S @ dense.T
+        return x @ torch.stack([torch.kron(A, B) for A, B in zip(rule, W, strict=True)]).sum(0) + dense.bias
+
+    ways = {"factors": lambda: fast(x, rule), "one matrix": lambda: dense(x, rule), "products": product_by_product}
+    figures: dict[str, dict[str, float]] = {way: {} for way in ways}
+    for part in ("forward", "forward and backward"):
+        times: dict[str, list[float]] = {way: [] for way in ways}
+        for _ in range(15):
+            for way, run in ways.items():
+                action = run if part == "forward" else lambda run=run: run().sum().backward()
+                times[way].append(elapsed(action, options.device))
+        for way in ways:
+            figures[way][part] = round(1e3 * min(times[way]), 2)
+    return figures
+
+
+# -- in the process that starts them ---------------------------------------------------------------------------------
+
+
+def apart(action: Callable[..., Any], *arguments: Any) -> Any:
+    """What the action gives in a new process, which starts with the libraries loaded and nothing else."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("forkserver")) as process:
+        return process.submit(action, *arguments).result()
+
+
+def attempt(name: str, case: str, options: argparse.Namespace) -> dict[str, float] | None:
     try:
-        model.merge_adapter()
-    except (ValueError, AttributeError, NotImplementedError):
-        return figures  # a method that cannot be merged
-    return figures | {"merged": one_token()}
-
-
-def run_case(name: str, case: str, options: argparse.Namespace) -> dict[str, float] | None:
-    command = [sys.executable, __file__, "--one", f"{name}:{case}", "--device", options.device]
-    command += ["--steps", str(options.steps)]
-    if options.device == "cpu" and options.cpu is not None:
-        command = ["taskset", "-c", str(options.cpu), *command]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        print(f"{name} {case}: {done.stderr.strip().splitlines()[-1]}", file=sys.stderr)
+        return apart(measure, name, case, options)
+    except Exception as error:  # a peer that fails is named, and the others go on
+        print(f"{name} {case}: {type(error).__name__}: {error}", file=sys.stderr)
         return None
-    return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(options: argparse.Namespace) -> list[dict]:
-    rows = []
-    for name in options.models:
-        cases = [c for c in CASES[name] if not options.only or c in options.only or c == "lora"]
-        rounds = {case: [] for case in cases}
-        for _ in range(options.rounds):  # interleaved: a slow minute of the machine hits every case
-            for case in cases:
-                rounds[case].append(run_case(name, case, options))
-        rows += [row for case in cases if (row := summary(name, case, rounds[case], rounds["lora"]))]
-    return rows
+def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    cases = [c for c in CASES[name] if not options.only or c in options.only or c == "lora"]
+    rounds: dict[str, list[Any]] = {case: [] for case in cases}
+    for _ in range(options.rounds):  # interleaved: a slow minute of the machine hits every case
+        for case in cases:
+            rounds[case].append(attempt(name, case, options))
+    rows = [summary(name, case, rounds[case], rounds["lora"]) for case in cases]
+    return [row for row in rows if row]
 
 
-def summary(name: str, case: str, figures: list, lora: list) -> dict | None:
+def summary(name: str, case: str, figures: list[Any], lora: list[Any]) -> dict[str, Any] | None:
     pairs = [(f, base) for f, base in zip(figures, lora, strict=True) if f and base]
     if not pairs:
         return None
-    row = {"model": name, "method": case, "trainable": pairs[0][0]["trainable"]}
-    for key in ("step", "saved", "peak", "decode", "merged"):
-        ratios = [f[key] / base[key] for f, base in pairs if key in f and base.get(key)]
+    row: dict[str, Any] = {"model": name, "method": case, "trainable": pairs[0][0]["trainable"]}
+    for key in COLUMNS:
+        ratios = [f[key] / (base[key] if key in RATIOS else 1) for f, base in pairs if key in f]
         if ratios:
-            row[key] = statistics.median(ratios)
-            row[f"{key}_range"] = [min(ratios), max(ratios)]
+            row[key] = round(statistics.median(ratios), 3)
+            row[f"{key}_range"] = [round(bound(ratios), 3) for bound in (min, max)]
     return row
 
 
-def table(rows: list[dict]) -> str:
-    head = "| model | method | trainable | step | saved | peak | decode | merged |\n|---|---|---|---|---|---|---|---|"
-    lines = [
-        f"| {r['model']} | {r['method']} | {r['trainable']:,} | "
-        + " | ".join(f"{r[k]:.2f}" if k in r else "-" for k in ("step", "saved", "peak", "decode", "merged"))
-        + " |"
-        for r in rows
-    ]
-    return "\n".join([head, *lines])
+def machine(options: argparse.Namespace) -> dict[str, Any]:
+    import torch
+
+    on_gpu = options.device != "cpu"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else (cpu or [platform.machine()])[0],
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load average at the start": os.getloadavg(),
+        **{name: version(name) for name in ("torch", "peft", "transformers")},
+    }
 
 
-def chart(rows: list[dict], path: Path) -> None:
+def table(rows: list[dict[str, Any]]) -> str:
+    return markdown(["model", "method", "trainable", *COLUMNS], [cells(row) for row in rows])
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    ratios = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
+    return [row["model"], row["method"], f"{row['trainable']:,}", *ratios]
+
+
+def phm_table(phm: dict[str, dict[str, float]]) -> str:
+    head = ["PHM 768 to 24, 12,800 tokens, ms", *next(iter(phm.values()))]
+    return markdown(head, [[way, *map(str, times.values())] for way, times in phm.items()])
+
+
+def markdown(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def chart(rows: list[dict[str, Any]], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    ours = {"hut_tile", "hut_row_column", "hut_low_rank", "ssf", "mos", "flora", "compacter"}
     models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(5 * len(models), 5), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 4.5), squeeze=False, layout="constrained")
     for axis, model in zip(axes[0], models, strict=True):
-        mine = sorted((r for r in rows if r["model"] == model), key=lambda r: r["step"])
-        colours = ["#d1495b" if r["method"] in ours else "#8d99ae" for r in mine]
-        axis.barh([r["method"] for r in mine], [r["step"] for r in mine], color=colours)
+        drawn = sorted((r for r in rows if r["model"] == model), key=lambda r: r["step"])
+        colours = ["#d1495b" if r["method"] in OURS else "#8d99ae" for r in drawn]
+        axis.barh([r["method"] for r in drawn], [r["step"] for r in drawn], color=colours)
         axis.axvline(1.0, color="#2b2d42", linewidth=1)
-        axis.set(title=model, xlabel="training step, LoRA r=8 is 1 (red: this library)")
+        axis.set(title=model, xlabel="training step, LoRA is 1 (red: hf_modular)")
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=80)
+
+
+def parse() -> argparse.Namespace:
+    import torch
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", type=lambda s: s.split(","), default=list(CASES))
+    parser.add_argument("--only", type=lambda s: s.split(","), default=None, help="these methods, and LoRA")
+    parser.add_argument("--quick", action="store_true", help="one round of fewer steps")
+    parser.add_argument("--rounds", type=int, default=None, help="3, or 1 if quick")
+    parser.add_argument("--steps", type=int, default=None, help="timed steps of a case: 5, or 3 if quick")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--cpu", type=int, default=None, help="the core to run on; the last one if not given")
+    parser.add_argument("--output", type=Path, default=HERE / "results")
+    options = parser.parse_args()
+    options.rounds = options.rounds or (1 if options.quick else 3)
+    options.steps = options.steps or (3 if options.quick else 5)
+    if options.cpu is None and hasattr(os, "sched_getaffinity"):
+        options.cpu = max(os.sched_getaffinity(0))
+    return options
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", type=lambda s: s.split(","), default=list(CASES))
-    parser.add_argument("--only", type=lambda s: s.split(","), default=None)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--cpu", type=int, default=None, help="pin every process to this core")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--one", default=None, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.one:
-        name, case = options.one.split(":")
-        print(json.dumps(measure(name, case, options.device, options.steps)))
-        return
-    rows = run(options)
+    os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    options = parse()
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    about, start = machine(options), time.time()
+    rows = [row for name in options.models for row in rows_of(name, options)]
+    phm = apart(measure_phm, options)
+    about |= {"load average at the end": os.getloadavg(), "minutes": round((time.time() - start) / 60, 1)}
+    settings = {"rounds": options.rounds, "steps": options.steps}
     options.output.mkdir(exist_ok=True, parents=True)
-    (options.output / "adapters.json").write_text(json.dumps(rows, indent=1) + "\n")
-    (options.output / "adapters.md").write_text(table(rows) + "\n")
+    text = json.dumps({"machine": about, "settings": settings, "rows": rows, "phm": phm}, indent=1)
+    (options.output / "adapters.json").write_text(text + "\n")
+    (options.output / "adapters.md").write_text(f"{table(rows)}\n\n{phm_table(phm)}\n")
     chart(rows, options.output / "adapters.png")
-    print(table(rows))
+    print(table(rows), phm_table(phm), sep="\n\n")
 
 
 if __name__ == "__main__":
