@@ -12,6 +12,7 @@ from hf_modular.merging._names import known
 from hf_modular.merging._sources import Source
 
 _NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _OF_LAYERS = re.compile("layer|block|head|types|pattern|multiplier|ffn|mlp|window")  # keys of lists with layers' items
 
 
@@ -67,10 +68,13 @@ def before_and_after(source: Source, stack: LayerStack) -> tuple[list[str], list
 
 def stacked_config(pieces: Sequence[tuple[Source, int, int]]) -> tuple[dict[str, Any], list[str]]:
     """What the config says differently of a stack of (model, first layer, how many); and what is wrong with it."""
-    total = sum(count for _, _, count in pieces)
-    changes: dict[str, Any] = {known(pieces[0][0]).layers_key: total}
+    source, total = pieces[0][0], sum(count for _, _, count in pieces)
+    key = _layers_key(source)
+    if key is None and source.config:
+        return {}, [f"the config of {source.reference} must say how many layers there are, as one of {_COUNTS}"]
+    changes: dict[str, Any] = {key: total} if key else {}
     full = [(_full_config(source), first, count, layer_stack(source).layers) for source, first, count in pieces]
-    problems = []
+    problems: list[str] = []
     for key in dict.fromkeys(key for config, _, _, layers in full for key in _lists(config, layers)):
         parts = [config[key][first : first + n] for config, first, n, layers in full if key in _lists(config, layers)]
         if len(parts) == len(pieces):
@@ -90,9 +94,14 @@ def _numbered(names: Iterable[str]) -> dict[str, set[int]]:
 
 
 def _count(source: Source) -> int | None:
-    config = _full_config(source)
-    count = config.get(known(source).layers_key)
+    count = _full_config(source).get(_layers_key(source) or "")
     return count if isinstance(count, int) else None
+
+
+def _layers_key(source: Source) -> str | None:
+    """What the config calls the number of layers."""
+    config = _full_config(source)
+    return next((key for key in (known(source).layers_key, *_COUNTS) if key in config), None)
 
 
 def _full_config(source: Source) -> Mapping[str, Any]:

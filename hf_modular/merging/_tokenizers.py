@@ -19,6 +19,10 @@ _PARTS = ("tokenizer.json", "tokenizer.model", "vocab*", "merges.txt", "*.spm", 
 _KINDS = {"BPE", "WordPiece", "WordLevel"}  # whose tokens may have any numbers
 
 
+class ConversionError(ValueError):
+    """A tokenizer in a format that cannot be read here."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tokenizer:
     """A tokenizer and the model that it belongs to."""
@@ -137,7 +141,9 @@ def _converted(folder: Path) -> dict[str, Any]:
         found = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         data: dict[str, Any] = json.loads(found.backend_tokenizer.to_str())
     except Exception as error:  # whatever a file of somebody else's format can do
-        raise ValueError(f"transformers cannot turn the tokenizer in {folder} into {TOKENIZER}: {error}") from error
+        raise ConversionError(
+            f"transformers cannot turn the tokenizer in {folder} into {TOKENIZER}: {error}"
+        ) from error
     return data
 
 

@@ -23,7 +23,7 @@ from hf_modular.merging._names import known
 from hf_modular.merging._preflight import TensorLike
 from hf_modular.merging._recipe import MergeRecipe
 from hf_modular.merging._sources import Source
-from hf_modular.merging._tokenizers import Tokenizer, load_tokenizer, same_files, union, with_tokens
+from hf_modular.merging._tokenizers import ConversionError, Tokenizer, load_tokenizer, same_files, union, with_tokens
 
 ABSENT = -2  # not -1: the row after it would look like its successor
 _SHOWN = 5  # tokens that are noted
@@ -228,7 +228,12 @@ class _Vocabularies:
     def _alike(self) -> Vocabulary:
         """Vocabularies of one size, whose tokens must have the same numbers."""
         notes, problems = [], []
-        tokenizers = [*self.tokenizers.values()]
+        try:
+            tokenizers = [*self.tokenizers.values()]
+        except ConversionError as error:
+            return Vocabulary(
+                self.sources, notes=[f"whether a token has one number in all models is unknown: {error}"]
+            )
         for first, other in zip(tokenizers[:1] * len(tokenizers), tokenizers[1:], strict=False):
             both = first.vocabulary.keys() & other.vocabulary.keys()
             moved = sorted(token for token in both if first.vocabulary[token] != other.vocabulary[token])

@@ -207,6 +207,24 @@ def test_threads_and_shards_change_no_bit(llamas, tmp_path):
     assert same(read(tmp_path / "again"), read(tmp_path / "one"))
 
 
+@pytest.mark.parametrize("key", ["num_hidden_layers", "n_layer"])
+def test_an_architecture_that_transformers_has_not(llamas, tmp_path, key):
+    for path in Path(llamas[0]).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "architectures": ["Mine"], key: 4}))
+    merge(stacked((str(tmp_path), 1, 3), (str(tmp_path), 0, 4)), tmp_path / "out")
+    merge(stacked((llamas[0], 1, 3), (llamas[0], 0, 4)), tmp_path / "known")
+    assert same(read(tmp_path / "out"), read(tmp_path / "known"))
+    assert json.loads((tmp_path / "out/config.json").read_text())[key] == 6
+
+
+def test_a_config_that_does_not_count_layers(llamas, tmp_path):
+    for path in Path(llamas[0]).iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mine", "depth": 4}))
+    assert "must say how many layers there are" in refusal(stacked((str(tmp_path), 0, 4)), tmp_path)
+
+
 def test_a_base_that_gives_only_its_config(llamas, tmp_path):
     a, b, c = llamas
     (tmp_path / "base").mkdir()
