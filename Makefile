@@ -27,6 +27,7 @@ bench-quality: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r benchmarks/requirements.txt
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging_quality.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rmm_quality.py
 
 # About twelve minutes on one core; `make bench-adapters QUICK=1` about five.
 bench-adapters: .venv/.ready
