@@ -175,8 +175,9 @@ class CheckpointWriter:
     until `commit`, which moves the index (or the only file) last: whatever breaks the run, there is either no
     checkpoint or a complete one. Leaving the context without `commit` removes what was written.
 
-    A run that was killed leaves its folder and in it a journal of the tensors that are on the disk. Another with
-    `resume=True` finds them in `finished`, or `committed` if only the moving was left to do, which it has then done.
+    A run that was killed or interrupted (Ctrl-C) leaves its folder and in it a journal of the tensors that are on the
+    disk. Another with `resume=True` finds them in `finished`, or `committed` if only the moving was left to do, which
+    it has then done.
 
     Args:
         folder: The output folder.
@@ -248,6 +249,8 @@ class CheckpointWriter:
     ) -> None:
         if self._join:
             self._close()
+        elif self._running.is_locked and isinstance(error, KeyboardInterrupt):
+            self._pause(error)
         elif self._running.is_locked:
             self._abandon()
 
@@ -366,6 +369,18 @@ class CheckpointWriter:
     def _close(self) -> None:
         while self._descriptors:
             os.close(self._descriptors.pop())
+
+    def _pause(self, interrupt: KeyboardInterrupt) -> None:
+        """Leave what a killed run leaves, and all finished tensors in the journal."""
+        if self._journal.state == _WRITING:
+            self.sync()
+            self._journal.finish(self._ready)
+        self._close()
+        self._running.release()
+        interrupt.add_note(
+            f"What is finished is in {self.staging}: the same merge with `resume` (--resume) goes on there, "
+            "another one into this folder discards it"
+        )
 
     def _abandon(self) -> None:
         self._close()

@@ -7,6 +7,8 @@ or its input is wrong.
 import json
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,7 +48,7 @@ def merge(
         plan = plan_merge(recipe, output, overwrite=overwrite or resume, **what)
         typer.echo(plan.to_json() if as_json else plan.summary())
         return
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _interrupts_explained():
         warnings.simplefilter("ignore")  # the report has the same notes
         report = run(
             recipe,
@@ -285,6 +287,17 @@ def demo(
 
     text = run(output, seed=seed, quick=quick, say=lambda news: typer.echo(news, err=True))
     typer.echo(f"\n{text}\n\nModels, cards, results.json and chart.png are in {output}")
+
+
+@contextmanager
+def _interrupts_explained() -> Iterator[None]:
+    """After Ctrl-C say what is left, of which the library's exception tells."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        for note in getattr(interrupt, "__notes__", []):
+            typer.echo(note, err=True)
+        raise
 
 
 def main() -> None:

@@ -50,6 +50,18 @@ def test_merge(models, capsys, monkeypatch):
     assert load_file(models / "out" / "model.safetensors")["w"].shape == (3, 5)
 
 
+def test_a_merge_that_is_interrupted_says_how_to_go_on(models, capsys, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointWriter, "write", interrupted)
+        code, _, err = run(capsys, patch, "merge", models / "recipe.yaml", models / "out", "-q")
+    assert code == 130
+    assert "--resume" in err
+    assert run(capsys, monkeypatch, "merge", models / "recipe.yaml", models / "out", "-q", "--resume") == (0, "", "")
+
+
 def test_merge_prints_its_report_as_json_or_nothing(models, capsys, monkeypatch):
     recipe = models / "recipe.yaml"
     _, out, _ = run(capsys, monkeypatch, "merge", recipe, models / "out", "--json", "--no-hashes")

@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -107,6 +108,29 @@ def test_what_is_finished_is_not_done_again(recipe, expected, tmp_path, monkeypa
     monkeypatch.setattr(CheckpointWriter, "write", lambda *args: written.append(args[1]) or write(*args))
     merge(recipe, tmp_path / "out", max_shard_size="9KB", resume=True)
     assert len(written) == 4
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(("owner", "step", "done"), [(CheckpointWriter, "write", 8), (Path, "replace", 2)])
+def test_interrupted_it_says_how_to_go_on(recipe, expected, tmp_path, monkeypatch, owner, step, done):
+    original, left = getattr(owner, step), [KeyboardInterrupt()] + [None] * done
+
+    def interrupted(*args):
+        if (interrupt := left.pop()) is not None:
+            raise interrupt
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, step, interrupted)
+        with pytest.raises(KeyboardInterrupt) as caught:
+            merge(recipe, tmp_path / "out", max_shard_size="9KB", workers=1)
+    assert "--resume" in caught.value.__notes__[0]
+    assert not is_complete(tmp_path / "out")
+    written = []
+    write = CheckpointWriter.write
+    monkeypatch.setattr(CheckpointWriter, "write", lambda *args: written.append(args[1]) or write(*args))
+    merge(recipe, tmp_path / "out", max_shard_size="9KB", resume=True)
+    assert len(written) == (12 - done if step == "write" else 0)
     assert contents(tmp_path / "out") == expected
 
 
