@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from hf_modular import fisher_information
+from hf_modular import dare_q, fisher_information
 from hf_modular.demo.digits import VIEWS
 from hf_modular.demo.training import calm, train
 from hf_modular.merging import (
@@ -62,6 +62,7 @@ State = dict[str, Tensor]
 RATE, EPOCHS = 1e-3, 10  # of the fine-tunes, the demo's
 FISHER_EXAMPLES = 128
 VAL_ROWS = 100  # of each task, by which coefficients are tuned
+CALIBRATION_ROWS = 32
 WEIGHTS = (0.0, 2.0)  # between which the models' weights are tuned
 
 
@@ -338,6 +339,24 @@ def thinned(bench: Bench, task: str, seed: int, drop: float) -> dict[str, float]
     return bench.ledger.get(["thinned", task, seed, drop, QS, VAL_ROWS], make)
 
 
+def calibrated(bench: Bench, task: str, seed: int, drop: float) -> dict[str, float]:
+    """The same with a q that is found on unlabelled images by the model."""
+
+    def make() -> dict[str, float]:
+        base, model = bench.suite.new_encoder(), bench.suite.new_encoder()
+        tuned = _model(bench, task, seed)
+        model.load_state_dict(tuned)
+        rows = bench.suite.tasks[task].val.first(CALIBRATION_ROWS).rows()
+        found = {}
+        for name, how in (("DAREx-q, closed form on images", "closed_form"), ("DAREx-q, least change", "search")):
+            config = dare_q(base, model, DAREConfig(drop=drop), rows, how=how, seed=100 + seed).config
+            state = merge_state_dicts(bench.base, [tuned], config, seed=seed)
+            found[name] = bench.accuracies(state, [task], "test")[task]
+        return found
+
+    return bench.ledger.get(["calibrated", task, seed, drop, CALIBRATION_ROWS], make)
+
+
 def run(plan: Plan) -> dict[str, Any]:
     """All results."""
     bench = Bench(plan)
@@ -375,7 +394,8 @@ def _merges(bench: Bench) -> Iterator[dict[str, Any]]:
 def _thinned(bench: Bench) -> Iterator[dict[str, Any]]:
     for drop in DROPS:
         pairs = [(task, seed) for task in bench.tasks[:4] for seed in bench.plan.seeds]
-        runs = [thinned(bench, task, seed, drop) | {"task": task, "seed": seed} for task, seed in pairs]
+        about = [{"task": task, "seed": seed} for task, seed in pairs]
+        runs = [thinned(bench, **one, drop=drop) | calibrated(bench, **one, drop=drop) | one for one in about]
         yield {"drop": drop, "runs": runs}
 
 

@@ -209,6 +209,8 @@ def test_searches_that_are_refused(recipe, distance, tmp_path):
     save_file({"w": torch.zeros(2)}, Path(recipe["base_model"]) / "model.safetensors")
     with pytest.raises(ValueError, match="none of 2 trials could be merged; the first: "):
         search(recipe, distance, tmp_path / "b", space=unlike, budget=2, progress=False)
+    with pytest.raises(ValueError, match=r"none of \d+ trials could be merged"):
+        search(recipe, distance, tmp_path / "c", space=unlike, budget=1000, progress=False)
 
 
 def test_the_budget_is_spent_to_the_last_and_no_more():
@@ -238,6 +240,10 @@ def test_spaces_as_texts(recipe):
             parsed([wrong])
     with pytest.raises(ValueError, match="'a' is given twice"):
         parsed(["a=0:1", "a=0:2"])
+    slices = [{"sources": [{"model": entry["model"], "layer_range": [0, 1]}]} for entry in recipe["models"]]
+    stacked = MergeRecipe.load({"merge_method": "passthrough", "slices": slices})
+    with pytest.raises(ValueError, match="the recipe lists no models whose 'weight' could be varied"):
+        Space.of(stacked, {"weight": (0, 1)})
     space = Space.of(MergeRecipe.load(recipe), {"normalize": [True, False]})
     assert [space.settings([x])["normalize"] for x in (0.0, 0.49, 0.5, 1.0)] == [True, True, False, False]
 

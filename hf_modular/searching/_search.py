@@ -13,7 +13,7 @@ from hf_modular.merging import MergeRecipe, merge
 from hf_modular.searching._evolution import evolve
 from hf_modular.searching._report import SearchReport
 from hf_modular.searching._space import Space, Spaces
-from hf_modular.searching._trials import TRIALS, Trial, Trials, costs_of
+from hf_modular.searching._trials import TRIALS, Trial, Trials, best_of, costs_of
 
 Evaluate = Callable[[Path], float]
 
@@ -36,9 +36,9 @@ def search(
 ) -> SearchReport:
     """Find the coefficients or settings with which a merge is best, by CMA-ES.
 
-    The first trial is the recipe as it is, so the result is never worse on what `evaluate` measures; measure on data
-    that is not the test data. A search that was broken goes on from its last trial when it is called again with the
-    same folder, and so does one that is given a larger budget.
+    The first trial is the recipe as it is (but for values that the space does not hold), so the result is not worse on
+    what `evaluate` measures; measure on data that is not the test data. A search that was broken goes on from its last
+    trial when it is called again with the same folder, and so does one that is given a larger budget.
 
     Args:
         recipe: A recipe file, or what it would hold.
@@ -116,6 +116,8 @@ class _Search:
         for point in points:
             found.append(self._trial(self.space.settings(point)))
             tell(1)
+        if self.used > 1:
+            best_of(self.trials.done, self.maximize)  # ends a search in which nothing can be merged
         return costs_of(found, self.maximize)
 
     def _trial(self, settings: Mapping[str, Any]) -> Trial:

@@ -128,6 +128,8 @@ def _dimensions(recipe: MergeRecipe, key: str, given: Range | Sequence[Any]) -> 
     chosen = range(count) if which == "*" else [] if which is None else [int(which)]
     if any(number >= count for number in chosen):
         raise ValueError(f"the recipe has the models 0 to {count - 1}, but got {key!r}")
+    if which == "*" and not count:
+        raise ValueError(f"the recipe lists no models whose {setting!r} could be varied: name a setting of the method")
     places = [("models", number, "parameters", setting) for number in chosen] if which else [("parameters", setting)]
     return [_dimension(recipe, place, key, given) for place in places]
 
