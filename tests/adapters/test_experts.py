@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
-from hf_modular import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig
+from hf_modular import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
 from hf_modular.adapters import RMMAdapterConfig
 from hf_modular.adapters._parameters import ParameterLayer, is_transposed
 from hf_modular.testing import AdapterCase
@@ -189,6 +189,30 @@ def test_whoever_takes_the_parameter_from_outside_gets_the_adapted_one() -> None
     model.merge_adapter()
     assert_close(layer.gate_up_proj, rewritten)
     assert layer.num_experts == EXPERTS
+
+
+def test_dropout_differs_from_expert_to_expert() -> None:
+    model = adapted(AdapterCase(HUTConfig, {"dropout": 0.5, "scale_shift": False}, len)).train()
+    layer = experts(model)
+    mask = layer.gate_up_proj / layer.base_layer.gate_up_proj
+    assert not torch.equal(mask[0].isclose(torch.tensor(1.0)), mask[1].isclose(torch.tensor(1.0)))
+    model.eval()
+    assert torch.equal(layer.gate_up_proj, layer.gate_up_proj)
+
+
+def test_they_compile_without_a_break() -> None:
+    ours = adapted(REWRITING[0]).base_model.model
+    compiled = torch.compile(ours, backend="eager", fullgraph=True)
+    assert_close(tiny.run(compiled), tiny.run(ours))
+
+
+def test_they_are_told_of_in_the_summary() -> None:
+    model = adapted(REWRITING[0])
+    status = model.get_model_status()
+    assert (status.num_adapter_layers, status.enabled, status.merged_adapters) == (4, True, [])
+    assert "gate_up_proj" in repr(experts(model))
+    with pytest.raises(ValueError, match="not a product of two matrices"):
+        to_lora(model)
 
 
 def test_a_router_and_a_layers_own_weight() -> None:
