@@ -60,7 +60,7 @@ def make_config(case: str, targets: Any) -> Any:
         "dora": partial(peft.LoraConfig, r=8, lora_alpha=16, use_dora=True),
         "hira": partial(peft.HiraConfig, r=8),
         "vera": partial(peft.VeraConfig, r=256),
-        "vblora": partial(peft.VBLoRAConfig, r=4, num_vectors=256, vector_length=64),
+        "vblora": partial(peft.VBLoRAConfig, r=4, num_vectors=256, vector_length=128),
         "ia3": partial(peft.IA3Config, feedforward_modules=[]),
         "oft": partial(peft.OFTConfig, oft_block_size=32),
         "hra": partial(peft.HRAConfig, r=8),
@@ -87,7 +87,7 @@ def make_model(name: str) -> tuple[Any, dict[str, Any]]:
         ids = torch.randint(0, 4096, (4, 128))
         return tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=4096, **sizes)), {"input_ids": ids, "labels": ids}
     if name == "bert":
-        sizes = {"hidden_size": 448, "intermediate_size": 1792, "num_hidden_layers": 9, "num_attention_heads": 7}
+        sizes = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 7, "num_attention_heads": 8}
         batch = {"input_ids": torch.randint(0, 8192, (8, 64)), "labels": torch.randint(0, 2, (8,))}
         return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=8192, **sizes)), batch
     config = tf.ConvNextConfig(hidden_sizes=[80, 160, 320, 640], depths=[3, 3, 9, 3], image_size=64, num_labels=10)
