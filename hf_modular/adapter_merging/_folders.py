@@ -12,7 +12,6 @@ from hf_modular.adapter_merging._report import AdapterReport, warn_of
 from hf_modular.adapter_merging._result import Result, write
 from hf_modular.adapter_merging._rmm import REMEDY as RMM_REMEDY
 from hf_modular.adapter_merging._rmm import merge_reversibly
-from hf_modular.adapter_merging._rmm_config import RMMConfig
 from hf_modular.checkpoints import refuse_occupied
 from hf_modular.merging._method import MergeMethod
 from hf_modular.merging._report import RECIPE
@@ -76,7 +75,7 @@ def _merged(recipe: AdapterRecipe, facts: Mapping[str, Any]) -> Result:
 
 def _reversible(recipe: AdapterRecipe, facts: Mapping[str, Any]) -> Result:
     sources, base = open_models([entry.model for entry in recipe.models], recipe.base_model)
-    config = RMMConfig(**recipe.parameters)
+    config = cast(Any, recipe.settings.at("", 0.0).method)  # the same for all layers
     return merge_reversibly(sources, base, config, [entry.task_name for entry in recipe.models], facts)
 
 

@@ -99,7 +99,7 @@ class AdapterRecipe(Recipe):
         places += [(("models", i, "parameters"), entry.parameters) for i, entry in enumerate(self.models)]
         for place, parameters in places:
             for key, value in parameters.items():
-                if key == "weight" or isinstance(value, (list, dict)):
+                if (key == "weight" and value != 1) or isinstance(value, (list, dict)):
                     what = "weighs no adapters" if key == "weight" else f"has one {key!r} for all layers"
                     yield (*place, key), f"{self.merge_method!r} {what}"
 

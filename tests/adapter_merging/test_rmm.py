@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from hf_modular import MoSConfig, RMMConfig, add_task, merge_adapter_files, merge_adapters
 from hf_modular._reversible import storage
-from hf_modular.adapter_merging import AdapterReport
+from hf_modular.adapter_merging import AdapterRecipe, AdapterReport
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to"),
@@ -204,6 +204,14 @@ def test_folders_give_what_a_model_gives(granularity, tmp_path):
     assert all(torch.equal(tensor, found[name]) for name, tensor in tensors(tmp_path / "again").items())
 
 
+def test_a_recipe_is_made_from_the_settings(tmp_path):
+    folders = saved(adapted(lora(target_modules=["fc"]), lora(target_modules=["fc"])), tmp_path)
+    made = AdapterRecipe.of(RMMConfig(p=1, granularity="layer"), folders, warn_above=10)
+    merge_adapter_files(made, tmp_path / "rmm")
+    config = json.loads((tmp_path / "rmm" / "adapter_config.json").read_text())
+    assert (config["p"], config["granularity"], config["tasks"]) == (1, "layer", ["first", "second"])
+
+
 def test_tasks_are_named_in_the_recipe_or_after_their_folders(tmp_path):
     folders = saved(three(), tmp_path)
     named = recipe(folders)
@@ -386,7 +394,7 @@ def test_a_wrong_call_writes_nothing(settings, words, tmp_path):
         ({"into": {"peft_type": "LORA"}}, "into"),
         ({"parameters": {"p": 0}}, r"`p` must be in \[1, inf\)"),
         ({"parameters": {"p": [1, 2]}}, "has one 'p' for all layers"),
-        ({"parameters": {"weight": 1.0}}, "weighs no adapters"),
+        ({"parameters": {"weight": 0.5}}, "weighs no adapters"),
         ({"parameters": {"granularity": "row"}}, "must be one of"),
         ({"parameters": {"density": 1}}, "no setting 'density'"),
     ],
