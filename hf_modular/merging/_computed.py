@@ -1,5 +1,7 @@
 """Checkpoints some of whose tensors are not stored but computed, a group at a time, when they are asked for."""
 
+import ctypes
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -9,6 +11,8 @@ import torch
 from torch import Tensor
 
 from hf_modular.checkpoints import Checkpoint, StoredTensor
+
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Group = Callable[[], Mapping[str, Tensor]]  # computes some tensors together, in fp32 or wider
 
@@ -55,6 +59,7 @@ class ComputedCheckpoint(Checkpoint):
                 values = self._recent.get(key)
             if values is None:
                 values = {each: value.contiguous().reshape(-1) for each, value in compute().items()}
+                _give_back()
                 self._keep(key, values)
         return values[name]
 
@@ -73,3 +78,9 @@ class ComputedCheckpoint(Checkpoint):
             self._recent[key] = values
             while len(self._recent) > KEPT:
                 self._recent.popitem(last=False)
+
+
+def _give_back() -> None:
+    """Have the C library return what was freed: it would keep as much again for each thread."""
+    if (trim := getattr(_LIBC, "malloc_trim", None)) is not None:
+        trim(0)
