@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from hf_modular.merging._names import known
 from hf_modular.merging._sources import Source
 
-_NUMBER = re.compile(r"(?:^|\.)(\d+)\.")
+_NUMBER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 _OF_LAYERS = re.compile("layer|block|head|types|pattern|multiplier|ffn|mlp|window")  # keys of lists with layers' items
 
@@ -34,7 +34,7 @@ class LayerStack(NamedTuple):
         if not name.startswith(self.stem):
             return None
         number, dot, rest = name.removeprefix(self.stem).partition(".")
-        return Place(int(number), rest) if dot and number.isdecimal() else None
+        return Place(int(number), rest) if dot and number.isdecimal() and len(number) < 10 else None
 
     def name(self, place: Place) -> str:
         return f"{self.stem}{place.layer}.{place.rest}"

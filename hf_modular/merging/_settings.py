@@ -11,7 +11,7 @@ from hf_modular.merging._method import Alias, MergeMethod, MergeSettings
 
 IGNORED = ("int8_mask",)  # how mergekit stores a mask in memory; the result is the same
 
-_LAYER = re.compile(r"\.(\d+)\.")
+_LAYER = re.compile(r"\.(\d{1,9})\.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -261,7 +261,8 @@ class _Job:
         yield from self.assembly.problems
         yield from _refusals(lambda: self.beside)
         for part in self.assembly.parts:
-            yield from disagreements(part.reference, {model.reference: model.tensors for model in part.models})
+            for model in part.models:  # some of which may be other layers of one
+                yield from disagreements(part.reference, {model.reference: model.tensors})
         for source in self.sources.values():
             yield from unmergeable(source.tensors, source.reference)
         if self.recipe.state and not self.method.one_by_one:

@@ -27,6 +27,7 @@ from hf_modular.merging._tokenizers import ConversionError, Tokenizer, load_toke
 
 ABSENT = -2  # not -1: the row after it would look like its successor
 _SHOWN = 5  # tokens that are noted
+_ROWS_LIMIT = 1 << 21  # several times more than any model has
 _ROWS = 512  # read at a time for a mean
 
 Lender = tuple[Inputs, int]  # a model and one of its rows
@@ -211,7 +212,7 @@ class _Vocabularies:
         sizes, policy = self.sizes, self.recipe.vocab
         if len({*sizes.values()}) == 1:
             return self._alike()  # of the embeddings, at least
-        size = min(sizes.values()) if policy == "truncate" else max(sizes.values())
+        size = _sensible(min(sizes.values()) if policy == "truncate" else max(sizes.values()))
         problems = (
             [] if policy != "error" else [f"the vocabularies must have one size, but {_of_each(sizes)}: {_WAYS}"]
         )
@@ -263,6 +264,7 @@ class _Vocabularies:
         size = max(max(result.vocabulary.values()) + 1, self.sizes[self.recipe.tokenizer_model])
         if choice.pad_to_multiple_of:
             size = -(-size // choice.pad_to_multiple_of) * choice.pad_to_multiple_of
+        _sensible(size)
         without = [name for name in self.sizes if name not in self.tokenizers]
         notes = [f"{name} has no tokenizer; it was taken to be that of {own.reference}" for name in without]
         vocabularies = {name: self.tokenizers.get(name, own).vocabulary for name in self.sizes}
@@ -325,13 +327,15 @@ class _Vocabularies:
         """The models with `size` rows, of which they have those in `rows`."""
         forced = {row for row, (_, force) in given.items() if force}
         chosen = {row: lenders for row, (lenders, _) in given.items()}
-        lacking = {row for own in rows.values() for row in range(size) if row not in own} | forced
-        lent = {row: chosen.get(row, self._lenders(row, rows)) for row in sorted(lacking)}
-        lent = {row: lenders for row, lenders in lent.items() if lenders or row in chosen}
+        held = {row for own in rows.values() for row in own}
+        lacking = {row for row in held if any(row not in own for own in rows.values())} | forced | chosen.keys()
+        lent = {row: chosen[row] if row in chosen else self._lenders(row, rows) for row in sorted(lacking)}
+        there = {row: [(self.sources[lender], i) for lender, i in lenders] for row, lenders in lent.items()}
         models: dict[str, Inputs] = dict(self.sources)
         for name, own in rows.items():
-            numbers = torch.tensor([ABSENT if row in forced else own.get(row, ABSENT) for row in range(size)])
-            there = {row: [(self.sources[lender], i) for lender, i in lenders] for row, lenders in lent.items()}
+            numbers = torch.full((size,), ABSENT)
+            numbers[[*own]] = torch.tensor([*own.values()], dtype=torch.int64)
+            numbers[[*forced]] = ABSENT
             models[name] = Aligned(self.sources[name], self.names[name], Rows(numbers, there))
         return models
 
@@ -354,6 +358,12 @@ _WAYS = (
 
 def _needs_tokenizers(choice: TokenizerChoice) -> bool:
     return choice.source == "union" or bool(choice.tokens) or choice.pad_to_multiple_of is not None
+
+
+def _sensible(size: int) -> int:
+    if size > _ROWS_LIMIT:
+        raise ValueError(f"the embeddings may have up to {_ROWS_LIMIT:,} rows, but would have {size:,}")
+    return size
 
 
 def _of_each(sizes: Mapping[str, int]) -> str:

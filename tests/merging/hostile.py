@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -135,7 +136,12 @@ class Inputs:
 
     def header(self, mutator):
         """The header or the length of a file of weights, by its meaning or its bytes."""
-        path = mutator.random.choice(sorted(self.bad.glob("*.safetensors")))
+        self._damage_header(mutator.random.choice(sorted(self.bad.glob("*.safetensors"))), mutator)
+        with Checkpoint(self.bad) as checkpoint:
+            for name in checkpoint.tensors:
+                checkpoint.read(name)
+
+    def _damage_header(self, path, mutator):
         content = path.read_bytes()
         length = int.from_bytes(content[:8], "little")
         header, body = content[8 : 8 + length], content[8 + length :]
@@ -146,9 +152,40 @@ class Inputs:
             header = mutator.text(header)
         size = mutator.random.choice((len(header),) * 9 + (0, length, 2**63, 2**64 - 1, len(content), 1 << 27))
         path.write_bytes(size.to_bytes(8, "little") + header + (mutator.text(body) if way == 3 else body))
-        with Checkpoint(self.bad) as checkpoint:
-            for name in checkpoint.tensors:
-                checkpoint.read(name)
+
+    def shapes(self, mutator):
+        """Tensors of other names and shapes that are stored as they should be, in a merge."""
+        [path] = self.one_file
+        tensors = load_file(path)
+        for _ in range(mutator.random.choice((1, 1, 3))):
+            name = mutator.random.choice(sorted(tensors))
+            tensor = tensors.pop(name)
+            new = mutator.random.choice(
+                (name, name, mutator.text(name.encode()).decode("utf-8", "ignore"), "9" * 5000)
+            )
+            shape = mutator.random.choice(
+                ((), (0,), (2**40, 0), (0, 2**40), (1,) * 60, (16,), tuple(tensor.shape), (12, 4), (3, 3))
+            )
+            kind = mutator.random.choice((torch.float32, torch.float32, torch.bfloat16, torch.int8, torch.bool))
+            tensors[new] = torch.ones(shape, dtype=kind)
+        for old in self.bad.glob("model*"):
+            old.unlink()
+        save_file(tensors, self.bad / "model.safetensors")
+        self._merge(self._another(mutator))
+
+    @property
+    def one_file(self):
+        return (self.folder / "one").glob("*.safetensors")
+
+    def _another(self, mutator):
+        """One of the recipes, perhaps with other values for vocabularies."""
+        recipe = yaml.safe_load(mutator.random.choice(self.recipes))
+        if "tokenizer" in recipe and mutator.random.random() < 0.5:
+            recipe["tokenizer"] = {"pad_to_multiple_of": mutator.random.choice((1, 7, 2**20, 2**40, 2**62))}
+        elif mutator.random.random() < 0.3:
+            rest = {key: value for key, value in recipe.items() if key != "tokenizer"}
+            return rest | {"vocab": mutator.random.choice(("pad", "truncate"))}
+        return recipe
 
     def index(self, mutator):
         """The list of which tensor is in which file."""
@@ -218,7 +255,7 @@ class Inputs:
         return out
 
 
-SHARES = {"header": 40, "index": 20, "recipe": 40, "settings": 4, "whole": 2, "links": 2}
+SHARES = {"header": 40, "index": 20, "recipe": 40, "settings": 3, "whole": 2, "links": 2, "shapes": 2}
 
 
 def run(inputs, kind, seed):

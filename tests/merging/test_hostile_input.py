@@ -23,5 +23,6 @@ def test_damaged_inputs_are_refused(tmp_path):
     found = json.loads(summary)
     assert found["cases"] == sum(found["ends"].values()) == COUNT
     assert not [kind for kind in found["ends"] if kind.endswith("other")]
-    assert {kind.split()[0] for kind in found["ends"]} == {"header", "index", "recipe", "settings", "whole", "links"}
+    kinds = {"header", "index", "recipe", "settings", "whole", "links", "shapes"}
+    assert {kind.split()[0] for kind in found["ends"]} == kinds
     assert sum(n for kind, n in found["ends"].items() if kind.endswith("refused")) > COUNT / 2

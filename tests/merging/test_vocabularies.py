@@ -291,6 +291,10 @@ def test_a_model_without_a_tokenizer(tmp_path):
 # --- what is refused -------------------------------------------------------------------------------------------------
 
 BAD = {
+    "too many rows": (
+        {"tokenizer": {"pad_to_multiple_of": 1 << 40}},
+        "the embeddings may have up to 2,097,152 rows, but would have 1,099,511,627,776",
+    ),
     "another kind": ({"tokenizer_source": "union"}, "are of different kinds, BPE of bytes and WordPiece"),
     "no such row": (
         {"tokenizer": {"tokens": {"<x>": {"source": {"kind": "model_token", "model": "OTHER", "token_id": 99}}}}},
