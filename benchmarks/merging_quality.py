@@ -110,6 +110,7 @@ class Plan:
     cache: Path
     seeds: tuple[int, ...] = (0, 1, 2)
     counts: tuple[int, ...] = (2, 4, 8)
+    methods: tuple[str, ...] = tuple(entry.name for entry in ENTRIES)
     trials: int = 8
     epochs: float = EPOCHS
     base_epochs: int = 110
@@ -386,7 +387,7 @@ def _individual(bench: Bench, seed: int) -> dict[str, float]:
 def _merges(bench: Bench) -> Iterator[dict[str, Any]]:
     for count in bench.plan.counts:
         for entry in ENTRIES:
-            if not entry.only_two or count == 2:
+            if entry.name in bench.plan.methods and (not entry.only_two or count == 2):
                 runs = [Job(bench, entry, bench.tasks[:count], seed).outcome() for seed in bench.plan.seeds]
                 yield {"method": entry.name, "tasks": count, "space": dict(entry.space), "runs": runs}
 
@@ -415,11 +416,15 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=HERE / "results")
     parser.add_argument("--trials", type=int, default=Plan.trials)
     parser.add_argument("--seeds", type=int, nargs="+", default=Plan.seeds)
+    parser.add_argument("--counts", type=int, nargs="+", default=Plan.counts, help="How many tasks are merged.")
+    parser.add_argument("--methods", nargs="+", default=Plan.methods)
     parser.add_argument("--quick", action="store_true")
     arguments = parser.parse_args()
-    plan = Plan(arguments.cache, tuple(arguments.seeds), trials=arguments.trials)
+    chosen = (tuple(arguments.seeds), tuple(arguments.counts), tuple(arguments.methods), arguments.trials)
+    plan = Plan(arguments.cache, *chosen)
     if arguments.quick:
-        plan = Plan(arguments.cache / "quick", (0,), (2,), trials=2, epochs=1, base_epochs=2, rows=40)
+        plan = replace(plan, cache=plan.cache / "quick", seeds=(0,), counts=(2,), trials=2, epochs=1, base_epochs=2)
+        plan = replace(plan, rows=40)
     from merging_quality_report import write
 
     print(write(run(plan), arguments.output))
