@@ -124,6 +124,16 @@ def test_slices_are_merged_with_their_own_settings(llamas, tmp_path):
     torch.testing.assert_close(out["lm_head.weight"], sum(m["lm_head.weight"] for m in (a, b, c)))
 
 
+def test_layers_of_one_model_are_merged_with_each_other(llamas, tmp_path):
+    sources = [{"model": llamas[0], "layer_range": [first, first + 2]} for first in (0, 2)]
+    merge({"merge_method": "linear", "slices": [{"sources": sources}]}, tmp_path / "out")
+    out, own = read(tmp_path / "out"), read(llamas[0])
+    for i in range(2):
+        for name, tensor in layer(out, i).items():
+            torch.testing.assert_close(tensor, (layer(own, i)[name] + layer(own, i + 2)[name]) / 2)
+    assert torch.equal(out["lm_head.weight"], own["lm_head.weight"])
+
+
 def test_a_gradient_runs_over_each_slice(llamas, tmp_path):
     a, b, _ = llamas
     sources = [{"model": a, "layer_range": [0, 3]}, {"model": b, "layer_range": [1, 4]}]

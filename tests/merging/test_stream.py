@@ -375,7 +375,10 @@ BAD_MODELS = [
     (pickled, "only safetensors are read, because a pickle can run any code, but {} holds ['pytorch_model.bin']"),
     (nothing, "must hold model.safetensors or model.safetensors.index.json"),
     (config(model_type="mistral"), "all models must be of one architecture"),
-    (config(quantization_config={"quant_method": "bitsandbytes"}), "is quantised (bitsandbytes): give the model that it was made from"),
+    (
+        config(quantization_config={"quant_method": "bitsandbytes"}),
+        "is quantised (bitsandbytes): give the model that it was made from",
+    ),
     (broken_config, "must hold valid JSON"),
 ]
 
