@@ -1,13 +1,16 @@
 """Write a Llama of about 0.55 billion parameters in bf16 and fine-tunes of it, to measure merges on.
 
-    python benchmarks/make_models.py FOLDER               # base and three models of 1.1 GB each
+    python benchmarks/make_models.py FOLDER               # base, three models and their Fisher files of 1.1 GB each
     python benchmarks/make_models.py FOLDER --layers 4    # a smaller one
 
 The weights are random: base N(0, 0.02), each fine-tune moved by N(0, 0.001), which is what a merge sees of a real one.
+Fisher information is the square of a normal variable.
 """
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,12 +40,17 @@ def tensor(index: int, shape: tuple[int, ...], model: int) -> torch.Tensor:
     return base.to(torch.bfloat16)
 
 
-def write_model(folder: Path, config: LlamaConfig, model: int) -> None:
+def fisher(index: int, shape: tuple[int, ...], model: int) -> torch.Tensor:
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(index + 20_000 * model)) * 0.01
+    return gradient.square_().to(torch.bfloat16)
+
+
+def write_model(folder: Path, config: LlamaConfig, tensor: Callable[[int, tuple[int, ...]], torch.Tensor]) -> None:
     folder.mkdir(parents=True)
     config.save_pretrained(folder)
     shards, size = [{}], 0
     for index, (name, shape) in enumerate(shapes(config).items()):
-        value = tensor(index, shape, model)
+        value = tensor(index, shape)
         if size + value.nbytes > SHARD:
             shards, size = [*shards, {}], 0
         shards[-1][name] = value
@@ -72,7 +80,9 @@ def main() -> None:
         architectures=["LlamaForCausalLM"],
     )
     for model in range(options.models + 1):
-        write_model(options.folder / ("base" if model == 0 else f"model{model}"), config, model)
+        write_model(options.folder / ("base" if model == 0 else f"model{model}"), config, partial(tensor, model=model))
+    for model in range(1, options.models + 1):
+        write_model(options.folder / f"fisher{model}", config, partial(fisher, model=model))
 
 
 if __name__ == "__main__":

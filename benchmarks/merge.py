@@ -4,12 +4,14 @@
     python benchmarks/make_models.py /dev/shm/merge-bench
     python benchmarks/merge.py /dev/shm/merge-bench
     python benchmarks/merge.py /dev/shm/merge-bench --methods ties --rounds 1   # the other rows stay as they are
+    python benchmarks/merge.py /dev/shm/merge-bench --methods opcm   # minutes of singular values, so only if asked for
     python benchmarks/merge.py /dev/shm/merge-bench --memory /dev/shm/small /dev/shm/large   # peaks at several sizes
 
 Whole processes, imports included, interleaved over several rounds: a method's ratio is the median over the rounds of
-mergekit's figure by ours in the same round. The floor reads every input byte once and writes every output byte once,
-in two threads. We note no hashes of the weights unless `--hashes` is given, as mergekit has none. `wrong` is the share
-of output elements that are not the correctly rounded result, on one tensor.
+mergekit's figure by ours in the same round. Where mergekit sorts, it runs once; what it has not, runs alone. The floor
+reads every input byte once and writes every output byte once, in two threads. In the comparison ours neither notes
+hashes nor reads its result again, as mergekit does neither; "with hashes" is our default in the first of these.
+`wrong` is the share of output elements that are not the correctly rounded result, on one tensor.
 """
 
 import argparse
@@ -33,7 +35,14 @@ PARAMETERS = {
     "task_arithmetic": {"normalize": False},
     "dare_linear": {"normalize": False},
     "ties": {"normalize": True},
+    "pcb": {},
+    "fisher": {},
+    "opcm": {},
 }
+OURS_ONLY = ("pcb", "fisher", "opcm")
+DEFAULT = [name for name in PARAMETERS if name != "opcm"]
+ONCE = ("ties",)  # mergekit takes minutes
+WITHOUT_BASE = ("linear", "fisher")
 MODEL_PARAMETERS = {
     "linear": {"weight": 0.5},
     "task_arithmetic": {"weight": 0.3},
@@ -45,11 +54,14 @@ MODEL_PARAMETERS = {
 def recipe(method: str, folder: Path) -> str:
     """A recipe that both programs read."""
     models = [
-        {"model": str(folder / f"model{i}"), "parameters": MODEL_PARAMETERS[method]}
+        {"model": str(folder / f"model{i}"), "parameters": MODEL_PARAMETERS.get(method, {})}
         for i in range(1, 1 + len(list(folder.glob("model[0-9]"))))
     ]
+    if method == "fisher":
+        for i, model in enumerate(models, 1):
+            model["fisher"] = str(folder / f"fisher{i}")
     whole = {"merge_method": method, "models": models, "parameters": PARAMETERS[method], "dtype": "bfloat16"}
-    if method != "linear":
+    if method not in WITHOUT_BASE:
         whole["base_model"] = str(folder / "base")
     return json.dumps(whole)  # JSON is YAML
 
@@ -72,7 +84,8 @@ def run(command: list[str], log: Path) -> dict[str, float]:
 
 def floor(folder: Path, method: str, output: Path) -> float:
     """Seconds to read every input byte and to write every output byte, in two threads."""
-    names = [f"model{i}" for i in range(1, 4)] + ([] if method == "linear" else ["base"])
+    names = [f"model{i}" for i in range(1, 4)] + ([] if method in WITHOUT_BASE else ["base"])
+    names += [f"fisher{i}" for i in range(1, 4)] if method == "fisher" else []
     inputs = [file for name in names for file in sorted((folder / name).glob("*.safetensors"))]
     outputs = sorted((folder / "model1").glob("*.safetensors"))
     output.mkdir(exist_ok=True)
@@ -138,15 +151,17 @@ def measure(options: argparse.Namespace) -> list[dict]:
         path = work / f"{method}.yaml"
         path.write_text(recipe(method, options.folder))
         rounds = []
-        for _ in range(options.rounds):
+        for number in range(options.rounds):
             figures = {"floor": {"wall": floor(options.folder, method, work / "floor")}}
-            for who, command in programs(path, work, hashes=options.hashes).items():
-                shutil.rmtree(work / who, ignore_errors=True)
+            for who, command in programs(path, work, method, first=number == 0).items():
                 figures[who] = run(command, work / f"{who}.log")
-                figures[who]["wrong"] = apart(wrong_share, options.folder, work / who, method)
-            figures["ours"]["engine"] = json.loads((work / "ours" / "merge_report.json").read_text())["seconds"]
+                if number == 0:
+                    figures[who]["wrong"] = apart(wrong_share, options.folder, work / who, method)
+                report = work / who / "merge_report.json"
+                figures[who]["engine"] = json.loads(report.read_text())["seconds"] if report.exists() else None
+                shutil.rmtree(work / who)
             rounds.append(figures)
-        rows.append({"method": method, "hashes": options.hashes, "rounds": rounds, **summary(rounds)})
+        rows.append({"method": method, "rounds": rounds, **summary(rounds)})
     shutil.rmtree(work)
     return rows
 
@@ -162,7 +177,7 @@ def peaks(options: argparse.Namespace) -> list[dict]:
             path = work / f"{method}.yaml"
             path.write_text(recipe(method, folder))
             shutil.rmtree(work / "ours", ignore_errors=True)
-            command = programs(path, work, hashes=options.hashes)["ours"]
+            command = programs(path, work, method)["ours"]
             row[method] = run(command, work / "ours.log")["peak"]
         rows.append(row)
     shutil.rmtree(work)
@@ -178,11 +193,14 @@ def memory_table(rows: list[dict]) -> str:
     return "\n".join([head, *lines])
 
 
-def programs(path: Path, work: Path, *, hashes: bool) -> dict[str, list[str]]:
-    ours = [sys.executable, "-m", "hf_modular.cli", "merge", str(path), str(work / "ours"), "--seed", "0", "--quiet"]
-    ours.append("--hashes" if hashes else "--no-hashes")
-    found = {"ours": ours}
-    if PEER.exists():
+def programs(path: Path, work: Path, method: str, *, first: bool = True) -> dict[str, list[str]]:
+    """What runs in a round, each into the folder of its name."""
+    ours = [sys.executable, "-m", "hf_modular.cli", "merge", str(path), "--seed", "0", "--quiet", "--no-verify"]
+    found = {
+        "ours": [*ours, str(work / "ours"), "--no-hashes"],
+        "hashed": [*ours, str(work / "hashed"), "--hashes"],
+    }
+    if PEER.exists() and method not in OURS_ONLY and (first or method not in ONCE):
         found["mergekit"] = [str(PEER), str(path), str(work / "mergekit"), "--random-seed", "0", "--quiet"]
     return found
 
@@ -193,13 +211,15 @@ def summary(rounds: list[dict]) -> dict:
         return statistics.median(values) if values else None
 
     def ratio(over: tuple[str, str], under: tuple[str, str]) -> float | None:
-        values = [r[over[0]][over[1]] / r[under[0]][under[1]] for r in rounds if over[0] in r]
+        values = [r[over[0]][over[1]] / r[under[0]][under[1]] for r in rounds if over[0] in r and under[0] in r]
         return statistics.median(values) if values else None
 
     figures = {
         f"{who}_{key}": median(who, key) for who in ("ours", "mergekit") for key in ("wall", "cpu", "peak", "wrong")
     }
     return figures | {
+        "hashed_wall": median("hashed", "wall"),
+        "hashed_cpu": median("hashed", "cpu"),
         "floor": median("floor", "wall"),
         "engine": median("ours", "engine"),
         "faster": ratio(("mergekit", "wall"), ("ours", "wall")),
@@ -212,6 +232,8 @@ COLUMNS = {
     "ours_wall": "s",
     "ours_cpu": "CPU s",
     "engine": "engine s",
+    "hashed_wall": "s with hashes",
+    "hashed_cpu": "CPU s with hashes",
     "mergekit_wall": "mergekit s",
     "mergekit_cpu": "mergekit CPU s",
     "floor": "floor s",
@@ -227,7 +249,7 @@ COLUMNS = {
 
 def table(rows: list[dict]) -> str:
     head = f"| method | {' | '.join(COLUMNS.values())} |\n|{'---|' * (len(COLUMNS) + 1)}"
-    lines = [f"| {row['method']} | {' | '.join(cell(key, row[key]) for key in COLUMNS)} |" for row in rows]
+    lines = [f"| {row['method']} | {' | '.join(cell(key, row.get(key)) for key in COLUMNS)} |" for row in rows]
     return "\n".join([head, *lines])
 
 
@@ -240,10 +262,11 @@ def cell(key: str, value: float | None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--methods", type=lambda s: s.split(","), default=list(PARAMETERS))
+    parser.add_argument(
+        "--methods", type=lambda s: s.split(","), default=[name for name in PARAMETERS if name != "opcm"]
+    )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=HERE / "results")
-    parser.add_argument("--hashes", action="store_true", help="Note the hashes of all weights, as our default is.")
     parser.add_argument(
         "--memory", type=Path, nargs="+", help="Only peak memory, for the models in these folders too."
     )
