@@ -100,6 +100,20 @@ def test_an_adapter_is_merged_into_either(quantised, original, tmp_path):
     torch.testing.assert_close(onto_original[name], load_file(original / "model.safetensors")[name] + delta, **close)
 
 
+def test_the_result_answers_as_the_quantised_model_with_the_adapter(quantised, original, tmp_path):
+    torch.manual_seed(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plain = tf.AutoModelForCausalLM.from_pretrained(original)
+        adapted = tiny.move(get_peft_model(plain, LoraConfig(r=2, target_modules=["down_proj"])), 1, 0.1)
+        adapted.peft_config["default"].base_model_name_or_path = str(quantised[1])
+        adapted.save_pretrained(tmp_path / "adapter")
+        models = [{"model": str(quantised[1]), "adapter": str(tmp_path / "adapter")}]
+        recipe = {"merge_method": "linear", "models": models, "base_precision": "dequantized"}
+        found = merge(recipe, tmp_path / "out", progress=False, verify=True).verification["adapter"]
+    assert found["largest_difference"] < 0.1 * found["adapter_effect"]
+
+
 def test_the_precision_is_in_the_report(quantised, tmp_path):
     recipe = {"merge_method": "linear", "models": [{"model": str(quantised[1])}], "base_precision": "dequantized"}
     with pytest.warns(UserWarning, match="was dequantised; the result is not quantised again"):
