@@ -42,6 +42,7 @@ _SETTINGS = {
     "alora_invocation_tokens": "acts on some tokens only",
     "arrow_config": "routes tokens between adapters",
     "layer_replication": "repeats layers of the base model",
+    "megatron_config": "belongs to layers of Megatron",
     "use_qalora": "pools its input",
 }
 _START = re.compile(r"pissa|olora|corda|loftq|lora_ga")  # starts that change the base weights

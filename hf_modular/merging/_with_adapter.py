@@ -73,7 +73,8 @@ def _fitted(base: Source, adapter: AdapterFolder) -> tuple[Adapted, dict[str, An
     if base.config.get("architectures") and not architecture(base.config).shapes:
         raise ValueError(f"transformers cannot make a model of the config of {base.reference}")
     named = [*(base.config.get("architectures") or [])[:1], adapter.model_class]
-    kinds = [kind for name in dict.fromkeys(named) if name and (kind := getattr(transformers, name, None))]
+    _check_ranks(base, adapter)
+    kinds = [kind for name in dict.fromkeys(named) if (kind := _class(name)) is not None]
     if not kinds:
         raise ValueError(f"transformers has none of the classes {named} of {base.reference}")
     lacking: list[str] = []
@@ -88,6 +89,25 @@ def _fitted(base: Source, adapter: AdapterFolder) -> tuple[Adapted, dict[str, An
             _check_shapes(base, found, adapter)
             return Adapted(adapter, found, partial(_read, base)), changes
     raise ValueError(f"{adapter.reference} ({adapter.kind}) does not fit {base.reference}: it has no {lacking[:3]}")
+
+
+def _class(name: Any) -> Any:
+    """A model class of transformers; None for any other name."""
+    kind = getattr(transformers, name, None) if isinstance(name, str) else None
+    return kind if hasattr(kind, "config_class") or hasattr(kind, "_model_mapping") else None
+
+
+def _check_ranks(base: Source, adapter: AdapterFolder) -> None:
+    """No rank is larger than every side of every tensor: to set one up would take all memory there is."""
+    tensors = [*base.weights.tensors.values(), *adapter.weights.tensors.values()]
+    largest = max(side for tensor in tensors for side in (*tensor.shape, 1))
+    ranks = (getattr(adapter.config, "r", 0), *(getattr(adapter.config, "rank_pattern", None) or {}).values())
+    for rank in ranks:
+        if isinstance(rank, int) and rank > largest:
+            raise ValueError(
+                f"{adapter.reference} has r={rank}, which must not be larger than {largest}, the largest side "
+                "of a tensor"
+            )
 
 
 def _outline(base: Source, kind: type, changes: Mapping[str, Any]) -> Outline:

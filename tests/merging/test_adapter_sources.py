@@ -367,6 +367,9 @@ def without_a_tensor(folder):
 DAMAGES = {
     "type": (damaged(peft_type="NEW"), "is of type 'NEW', which PEFT does not know: import the package that has it"),
     "rank": (damaged(r=7), "does not fit .*size mismatch"),
+    "large rank": (damaged(r=10**9), "has r=1000000000, which must not be larger than 64, the largest side"),
+    "class": (damaged(auto_mapping={"base_model_class": "pipeline"}, target_modules=["x"]), "does not fit"),
+    "megatron": (damaged(megatron_config={"a": 1}, megatron_core="antigravity"), "belongs to layers of Megatron"),
     "targets": (damaged(target_modules=["nowhere"]), "does not fit .*Target modules"),
     "tensors": (without_a_tensor, "does not fit .* its file lacks"),
     "file": (lambda folder: (folder / "adapter_model.safetensors").unlink(), "has no adapter_model.safetensors"),
