@@ -1,6 +1,8 @@
 """Models with different vocabularies and tokenizers: refused by default, or merged token by token or row by row."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -386,3 +388,16 @@ def test_a_model_without_a_template(three, tmp_path):
     base, more, _ = three
     message = refusal(recipe(base, more, tokenizer_source="union", chat_template=more), tmp_path)
     assert f"`chat_template` names {more}, which has no chat template" in message
+
+
+def test_models_that_match_are_merged_without_transformers(tmp_path):
+    """To import it takes longer than many merges."""
+    paths = [saved(tmp_path / str(i), bpe(WORDS, MERGES), 10, i) for i in range(2)]
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe(*paths, tokenizer_source="base")))
+    script = (
+        "import json, sys; from hf_modular.merging import merge; "
+        "merge(json.load(open(sys.argv[1])), sys.argv[2], progress=False); "
+        "sys.exit('transformers' in sys.modules or 'tokenizers' in sys.modules)"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", script, tmp_path / "recipe.json", tmp_path / "out"]
+    subprocess.run(command, check=True)
