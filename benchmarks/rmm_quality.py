@@ -6,7 +6,7 @@
 Eight views of handwritten digits, one LoRA adapter of rank 16 for each, three seeds. Merges "on deltas" merge the
 weights of the whole models, those "on factors" the matrices A and the matrices B apart. Their scale is chosen by the
 mean validation accuracy with the first seed; RMM has nothing to choose. Test images play no part in any choice. The
-adapters are kept in `--cache`. Results: `results/rmm_quality.json` and `rmm_quality.md`.
+adapters are kept in `--cache`. Results: `results/rmm_quality.json`, `.md` and `.png`.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from hf_modular.merging import DAREConfig, MergeMethod, TaskArithmeticConfig, TI
 
 HERE = Path(__file__).resolve().parent
 RANK, RATE = 16, 1e-2
-SCALES = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0)
+SCALES = (0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
 SLOT = ".default"
 State = dict[str, Tensor]
 Accuracies = dict[str, float]  # by task
@@ -200,6 +200,29 @@ def _mean(runs: Sequence[Accuracies]) -> str:
     return f"{fmean(means):.1f}{spread}"
 
 
+def draw(results: Mapping[str, Any], path: Path) -> None:
+    """Mean accuracy against what is stored."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = {found["name"]: found for found in results["rows"]}
+    means = {name: 100 * fmean(fmean(run.values()) for run in found["runs"]) for name, found in rows.items()}
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    lines = {"RMM": [f"RMM p={p}" for p in (1, 2, 4, 7)], "RMM on balanced factors (ours)": [*REVERSIBLE][4:7]}
+    for label, names in lines.items():
+        axes.plot([rows[name]["storage"] for name in names], [means[name] for name in names], "o-", label=label)
+    axes.plot(1, means["an adapter for each task"], "k*", markersize=10, label="an adapter for each task")
+    best = max((name for name in rows if " on " in name and "RMM" not in name), key=lambda name: means[name])
+    axes.axhline(means[best], linestyle="--", color="tab:red", label=f"the best merge into one: {best}")
+    axes.axhline(means["base"], linestyle=":", color="gray", label="base")
+    axes.set(xlabel="numbers stored, over those of the adapters", ylabel="mean accuracy, %", xlim=(0, 1.5))
+    axes.legend(loc="lower right", fontsize=8)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
 def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     warnings.simplefilter("ignore")
@@ -221,6 +244,7 @@ def main() -> None:
     output = options.output or (options.cache if options.quick else HERE / "results")
     (output / "rmm_quality.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     (output / "rmm_quality.md").write_text(table(results) + "\n", encoding="utf-8")
+    draw(results, output / "rmm_quality.png")
     print(table(results))
 
 
