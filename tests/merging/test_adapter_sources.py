@@ -210,6 +210,21 @@ def test_what_a_model_ties_comes_apart_where_the_adapter_changes_one_of_it(name,
     assert any("stored apart" in str(note.message) for note in notes) is apart
 
 
+def test_a_head_that_comes_apart_is_the_bases_in_a_merge(bases, tmp_path):
+    config = LoraConfig(r=3, target_modules=["embed_tokens"])
+    folder, base = adapter("gemma", config, tmp_path / "adapter", bases["gemma"]), str(bases["gemma"])
+    models = [{"model": base, "adapter": str(folder), "parameters": {"weight": 0.5}}]
+    with pytest.warns(UserWarning, match=r"lm_head.weight is stored apart"):
+        merge(
+            {"merge_method": "task_arithmetic", "base_model": base, "models": models}, tmp_path / "out", progress=False
+        )
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    start = load_file(bases["gemma"] / "model.safetensors")["model.embed_tokens.weight"]
+    assert torch.equal(found["lm_head.weight"], start)
+    assert not torch.equal(found["model.embed_tokens.weight"], start)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+
+
 @pytest.mark.parametrize("target", ["shared", "embed_tokens", "lm_head"])
 def test_three_embeddings_and_a_head_come_apart(target, bases, tmp_path):
     config = LoraConfig(target_modules=[target])
