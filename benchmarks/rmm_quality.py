@@ -218,7 +218,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     axes.axhline(means[best], linestyle="--", color="tab:red", label=f"the best merge into one: {best}")
     axes.axhline(means["base"], linestyle=":", color="gray", label="base")
     axes.set(xlabel="numbers stored, over those of the adapters", ylabel="mean accuracy, %", xlim=(0, 1.5))
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="center right", fontsize=8)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
