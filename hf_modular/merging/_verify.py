@@ -6,6 +6,7 @@ must answer as the model with the adapter does; both run in fp32, so that what d
 """
 
 import gc
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from hf_modular.merging._sampled import infos, part_of, sample
 from hf_modular.merging._sources import Source, read_object
 from hf_modular.merging._workers import Workers
 
+_NUMBER = re.compile(r"\d+")
 _TENSORS = 24  # that are computed again
 _ELEMENTS = 1 << 24  # of them together, in each model
 _PROBES, _TOKENS = 4, 16  # inputs, and the length of a text
@@ -218,7 +220,8 @@ _STRICT: dict[str, Any] = {"trust_remote_code": False, "use_safetensors": True}
 def _check_names(info: Mapping[str, Any], reference: Source, found: Verification) -> None:
     """What is missing or left over must be so in the reference model, too."""
     known = reference.weights.tensors.keys()
-    missing = [name for name in sorted(info["missing_keys"]) if name in known]
+    kinds = {_NUMBER.sub("#", name) for name in known}  # a stack has layers that the reference has not
+    missing = [name for name in sorted(info["missing_keys"]) if _NUMBER.sub("#", name) in kinds]
     unexpected = [name for name in sorted(info["unexpected_keys"]) if name not in known]
     mismatched = sorted(map(str, info["mismatched_keys"]))
     for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", mismatched)):

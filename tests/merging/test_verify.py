@@ -17,6 +17,7 @@ from hf_modular.cards import save_card
 from hf_modular.checkpoints import CheckpointWriter
 from hf_modular.merging import METHODS, MergeReport, _verify, merge
 from hf_modular.merging._adapted import Adapted
+from hf_modular.merging._sources import open_source
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),
@@ -152,6 +153,26 @@ def test_a_name_that_transformers_does_not_know_is_found(models, tmp_path):
     save_file({**tensors, "extra.weight": torch.ones(3)}, tmp_path / "base" / "model.safetensors")
     found = verified(one(tmp_path / "base"), tmp_path / "out")
     assert found["missing_or_unexpected_as_in_the_reference"] == ["extra.weight"]
+
+
+def test_a_stack_is_what_it_is_meant_to_be(models, tmp_path):
+    ranges = {"llama1": [0, 2], "llama2": [0, 3]}
+    slices = [{"sources": [{"model": str(models[name]), "layer_range": ranges[name]}]} for name in ranges]
+    recipe = {"merge_method": "passthrough", "slices": slices}
+    assert verified(recipe, tmp_path / "out") == {"tensors_compared": 24, "loads": True}
+
+
+def test_a_layer_that_is_missing_in_a_stack_is_found(models, tmp_path):
+    info = {
+        "missing_keys": {"model.layers.9.mlp.down_proj.weight"},
+        "unexpected_keys": set(),
+        "mismatched_keys": set(),
+    }
+    found = _verify.Verification()
+    _verify._check_names(info, open_source(str(models["llama"])), found)
+    assert found.failures == [
+        "transformers finds model.layers.9.mlp.down_proj.weight missing when it loads the result"
+    ]
 
 
 def test_what_does_not_fit_is_said_and_skipped(models, tmp_path, monkeypatch):
