@@ -12,6 +12,8 @@ import quality
 import quality_report
 from matplotlib.image import imread
 
+RESULTS = Path(quality.__file__).parent / "results"
+
 
 def measure(folder: Path) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch:
@@ -112,3 +114,11 @@ def test_the_front_holds_what_nothing_smaller_beats() -> None:
 
     several = [of("large", 9, "1110"), of("small", 2, "1100"), of("worse", 5, "1000"), of("equal", 2, "1000")]
     assert [r.case for r in quality_report.pareto(several)] == ["small", "large"]
+
+
+def test_the_published_tables_are_those_of_the_raw_results() -> None:
+    suites = json.loads((RESULTS / "quality.json").read_text())["suites"]
+    page = (RESULTS.parent / "RESULTS.md").read_text()
+    assert set(suites) == set(quality.SUITES)
+    for suite in suites.values():
+        assert quality_report.table(suite) in page
