@@ -5,10 +5,11 @@
 
 Two, four and eight views of handwritten digits; a small vision transformer is fine-tuned on each view, with three
 seeds, and the encoders are merged. All of them share one frozen head. "Tuned" is what `hf_modular.search` does, CMA-ES
-over the method's settings or the models' weights from the default on, by the mean accuracy on some validation images,
-with the same number of trials for every method. Test images play no part in any choice. A second table thins single
-fine-tuned models by DARE and DAREx. Everything that is finished is kept in `--cache`, so an interrupted run goes on
-where it was. What comes out is `merging_quality.json`, `.md` and `.png` in `benchmarks/results`.
+over the method's settings or the models' weights from the middle of their range on, by the mean accuracy on some
+validation images, with the same number of trials for every method, of which the default is one. Test images play no
+part in any choice. A second table thins single fine-tuned models by DARE and DAREx. What is finished is kept
+in `--cache`, so an interrupted run goes on where it was. What comes out is `merging_quality.json`, `.md` and `.png` in
+`benchmarks/results`.
 
 Not among the methods: nearswap and arcee_fusion (one model and its base), passthrough (one model), rws and ssd (made
 to patch and to forget), and those that merge exactly two models where there are more.
@@ -262,7 +263,7 @@ class Job:
 
     def outcome(self) -> dict[str, Any]:
         facts = [self.entry.config.to_dict(), dict(self.entry.space), list(self.tasks), self.seed]
-        return self.bench.ledger.get([*facts, self.bench.plan.trials, VAL_ROWS], self._carried_out)
+        return self.bench.ledger.get([*facts, self.bench.plan.trials, VAL_ROWS, "from the middle"], self._carried_out)
 
     def _carried_out(self) -> dict[str, Any]:
         _ = self.models, self.companions  # what has to be made or read first takes no part in the time of a merge
@@ -288,22 +289,23 @@ class Job:
 
         cost({})
         if names:
-            start = [self._start(name, *ends) for name, ends in zip(names, bounds, strict=True)]
 
             def costs(points: list[list[float]]) -> list[float]:
-                placed = [[low + x * (high - low) for x, (low, high) in zip(p, bounds, strict=True)] for p in points]
+                placed = [[placed_in(*each) for each in zip(names, p, bounds, strict=True)] for p in points]
                 return [cost(dict(zip(names, point, strict=True))) for point in placed]
 
-            evolve(start, costs, self.bench.plan.trials - 1, self.seed)
+            evolve([0.5] * len(names), costs, self.bench.plan.trials - 1, self.seed)
         best = max(tried, key=lambda pair: pair[0])
         return best[1], [score for score, _ in tried]
 
     def _names(self, key: str) -> list[str]:
         return [f"weight {i}" for i in range(len(self.tasks))] if key == "weight" else [key]
 
-    def _start(self, name: str, low: float, high: float) -> float:
-        value = 1.0 if name.startswith("weight") else getattr(self.entry.config, name)
-        return min(max((value - low) / (high - low), 0.0), 1.0)
+
+def placed_in(name: str, x: float, bounds: tuple[float, float]) -> float:
+    """What a number from 0 to 1 stands for; of scales it is the ratio that counts."""
+    low, high = bounds
+    return low * (high / low) ** x if name == "scale" else low + x * (high - low)
 
 
 @cache
