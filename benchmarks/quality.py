@@ -168,11 +168,11 @@ def load_suite(plan: Plan) -> Any:
     from tasks import digits, text
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.set_verbosity_error()  # MiniLM's file has a pooling layer that sentences are not pooled by
     folder = Path(plan.cache)
     if plan.suite == "digits":
         suite = digits.suite(folder, plan.tasks or digits.TASKS, plan.base_epochs)
     else:
+        transformers_logging.set_verbosity_error()  # MiniLM has a pooling layer that is left out here
         with precision():
             suite = text.suite(folder, plan.tasks or tuple(text.docstrings.RECIPES))
     if plan.rows:
