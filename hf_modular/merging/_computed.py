@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_modular.checkpoints import Checkpoint, StoredTensor
 
+_MMAP_THRESHOLD, _LARGE = -3, 1 << 20  # glibc's parameter, and from how many bytes on a block is large
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 Group = Callable[[], Mapping[str, Tensor]]  # computes some tensors together, in fp32 or wider
@@ -37,6 +38,7 @@ class ComputedCheckpoint(Checkpoint):
         tensors: Mapping[str, StoredTensor],
         groups: Mapping[str, tuple[str, Group]],
     ) -> None:
+        free_at_once()
         self.path, self.files, self.tensors = path, list(files), dict(tensors)
         self._descriptors: dict[Path, int] = {}
         self._lock = Lock()
@@ -59,7 +61,6 @@ class ComputedCheckpoint(Checkpoint):
                 values = self._recent.get(key)
             if values is None:
                 values = {each: value.contiguous().reshape(-1) for each, value in compute().items()}
-                _give_back()
                 self._keep(key, values)
         return values[name]
 
@@ -80,7 +81,7 @@ class ComputedCheckpoint(Checkpoint):
                 self._recent.popitem(last=False)
 
 
-def _give_back() -> None:
-    """Have the C library return what was freed: it would keep as much again for each thread."""
-    if (trim := getattr(_LIBC, "malloc_trim", None)) is not None:
-        trim(0)
+def free_at_once() -> None:
+    """Have the C library return large blocks when they are freed: it would keep as much again for each thread."""
+    if (mallopt := getattr(_LIBC, "mallopt", None)) is not None:
+        mallopt(_MMAP_THRESHOLD, _LARGE)

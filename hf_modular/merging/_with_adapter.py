@@ -20,7 +20,7 @@ from hf_modular.checkpoints import StoredTensor
 from hf_modular.merging._adapted import Adapted, prefix_of
 from hf_modular.merging._adapter_folder import PREFIX, AdapterFolder
 from hf_modular.merging._architecture import architecture
-from hf_modular.merging._computed import ComputedCheckpoint, Group
+from hf_modular.merging._computed import ComputedCheckpoint, Group, free_at_once
 from hf_modular.merging._outline import Outline, outline
 from hf_modular.merging._sources import PROCESSING_FILES, Source, files
 
@@ -30,6 +30,7 @@ _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 def with_adapter(base: Source, reference: str, folder: Path, commit: str | None, *, any_base: bool) -> Source:
     """The base with an adapter merged into it, tensor by tensor as they are asked for."""
+    free_at_once()
     adapter = AdapterFolder(reference, folder)
     if why := adapter.refusal():
         raise ValueError(why)
