@@ -227,6 +227,14 @@ def test_the_budget_is_spent_to_the_last_and_no_more():
     assert all(0 <= x <= 1 for point in asked for x in point)
 
 
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_costs_that_draw_it_to_the_edges_do_no_harm(size):
+    for seed in range(1, 12, 2):
+        asked = []
+        evolve([0.5] * size, lambda points, asked=asked: asked.extend(points) or [-max(p) for p in points], 60, seed)
+        assert len(asked) == 60 or size == 1
+
+
 def test_spaces_as_texts(recipe):
     assert parsed(["weight=0:2", "models.0.t=-1e-1:.5", "election=none,symmetric", "flag=true,false", "k=1,2.5"]) == {
         "weight": (0.0, 2.0),

@@ -1,5 +1,6 @@
 """CMA-ES (Hansen, arXiv 1604.00772) by the library `cma`, within the unit cube, made to do the same every time."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,7 +26,9 @@ def evolve(start: Sequence[float], costs: Costs, budget: int, seed: int) -> None
         budget -= len(asked)
         if len(asked) < len(points):
             return
-        strategy.tell(points, found)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of its own numerics, for whoever develops it
+            strategy.tell(points, found)
 
 
 def _strategy(start: Sequence[float], seed: int) -> Any:
@@ -42,6 +45,7 @@ def _strategy(start: Sequence[float], seed: int) -> Any:
         "randn": lambda *shape: normal(shape),
         "verbose": -9,
         "maxiter": np.inf,
+        "maxstd_boundrange": np.inf,  # cma 4.5 fails where a standard deviation grows to this limit
     }
     inside = [min(max(x, 0.02), 0.98) for x in start]  # on the edge half of the first points would fall together
     return cma.CMAEvolutionStrategy(inside, _SIGMA, options | _PATIENT)
