@@ -60,6 +60,7 @@ class Engine:
         base: What the models were fine-tuned from, for methods that use one.
         carrier: Gives the tensors that hold no floating-point numbers.
         companions: What the method needs of each model beside its weights.
+        arithmetic: The dtype to calculate in, fp32 or fp64.
     """
 
     plan: Mapping[str, TensorLike]
@@ -71,6 +72,7 @@ class Engine:
     seed: int
     device: torch.device
     companions: Mapping[str, Sequence[Inputs]] = field(default_factory=dict)
+    arithmetic: torch.dtype = torch.float32
     block: int = BLOCK
     notes: dict[str, None] = field(default_factory=dict)
     facts: dict[str, Any] = field(default_factory=dict)
@@ -127,10 +129,10 @@ class Engine:
 
     @cached_property
     def _dtypes(self) -> dict[str, torch.dtype]:
-        """What each tensor is merged in: fp32, or fp64 where one of the inputs or the result is fp64."""
+        """What each tensor is merged in: at least `arithmetic`, and fp64 where an input or the result is fp64."""
         tensors = [self.plan, *(source.tensors for source in self._sources)]
         wide = {name for name in self._sizes if any(of[name].dtype == torch.float64 for of in tensors)}
-        return {name: torch.float64 if name in wide else torch.float32 for name in self._sizes}
+        return {name: torch.float64 if name in wide else self.arithmetic for name in self._sizes}
 
     @cached_property
     def _whole(self) -> set[str]:

@@ -43,6 +43,7 @@ def part_of(engine: Engine, names: Collection[str], reading: Reading, device: to
         seed=engine.seed,
         device=device,
         companions=companions,
+        arithmetic=engine.arithmetic,
     )
 
 

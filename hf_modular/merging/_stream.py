@@ -204,6 +204,7 @@ class _Job:
                 seed=self.recipe.seed,
                 device=self.device,
                 companions=self.companions(part),
+                arithmetic=torch.float64 if self.recipe.in_fp64 else torch.float32,
             )
             for part in self.assembly.parts
         ]

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,33 @@ def test_out_dtype(recipe, tmp_path, dtype):
         assert same(out, {name: tensor.to(kind) for name, tensor in wide.items()})
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == kind
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("method", [LinearConfig(), TaskArithmeticConfig(scale=0.7)], ids=lambda m: m.name)
+def test_the_arithmetic_is_in_fp64_if_the_recipe_says_so(llamas, tmp_path, method):
+    """Weights of which most products and sums are inexact in fp32; the answers are exact fractions, rounded once."""
+    base, *models = llamas
+    recipe = MergeRecipe.of(method, models, base if method.base_model == "required" else None, weights=[0.3, 0.4567])
+    for name, dtype in (("fp32", None), ("fp64", "float64")):
+        merge(recipe.model_copy(update={"dtype": dtype, "out_dtype": "float32"}), tmp_path / name)
+    sources = [read(path) for path in (base, *models)]
+    exact = {
+        name: torch.tensor([float(exactly(method, *numbers)) for numbers in zip(*rows, strict=True)])
+        for name in sources[0]
+        for rows in [[source[name].flatten().tolist() for source in sources]]
+    }
+    found = {name: read(tmp_path / name) for name in ("fp32", "fp64")}
+    assert same({name: tensor.flatten() for name, tensor in found["fp64"].items()}, exact)
+    assert not same(found["fp32"], found["fp64"])
+    again = json.loads((tmp_path / "fp64" / "config.json").read_text())
+    assert again["dtype"] == "float32"
+
+
+def exactly(method, base, one, two):
+    base, one, two, a, b = map(Fraction, (base, one, two, 0.3, 0.4567))
+    if method.name == "linear":
+        return (a * one + b * two) / (a + b)
+    return base + Fraction(0.7) * (a * (one - base) + b * (two - base))
 
 
 def test_inputs_of_different_dtypes(llamas, tmp_path):
