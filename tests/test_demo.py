@@ -231,8 +231,16 @@ def test_the_table_shows_the_spread_over_seeds() -> None:
     assert "70.2 ± 0.2" in report.table(list(rows(0.8)))
 
 
-def test_only_the_one_message_of_bitsandbytes_is_kept_back(caplog: pytest.LogCaptureFixture) -> None:
-    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
-    logger.warning("Failed to load CPU gemm_4bit_forward from kernels-community: %s.", "no module")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bitsandbytes.backends.cpu.ops", "Failed to load CPU gemm_4bit_forward from kernels-community: no module"),
+        ("torchao", "Failed to load _C.so"),
+        ("torch.utils._pytree", "<enum 'Kind'> is an Enum subclass"),
+    ],
+)
+def test_only_one_message_of_each_is_kept_back(name: str, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger(name)
+    logger.warning(message)
     logger.warning("Another message")
     assert [record.message for record in caplog.records] == ["Another message"]
