@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_modular.merging import TIESConfig
 from hf_modular.merging._method import BLOCK, Stack
-from hf_modular.merging._pieces import _thinned
+from hf_modular.merging.engine._pieces import _thinned
 
 DENSITY = 0.2
 MODELS = 3

@@ -41,7 +41,7 @@ def merge(
     """Merge models into a folder that transformers loads."""
     from hf_modular.merging import merge as run
     from hf_modular.merging import plan_merge
-    from hf_modular.merging._processes import processes
+    from hf_modular.merging.engine._processes import processes
 
     what: Any = {"seed": seed, "device": device, "workers": workers, "max_shard_size": max_shard_size}
     if dry_run:

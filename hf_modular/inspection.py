@@ -127,7 +127,7 @@ def inspect(reference: str | Path) -> Inspection:
 
 
 def _in_folder(reference: str, folder: Path) -> _Found:
-    from hf_modular.merging._sources import read_object
+    from hf_modular.merging.sources._sources import read_object
 
     adapter = (folder / ADAPTER_CONFIG).is_file()
     weights = Checkpoint(folder / ADAPTER_WEIGHTS if adapter else folder)
@@ -174,7 +174,7 @@ def _dtype(code: str, reference: str) -> Any:
 
 
 def _downloaded(api: Any, name: str, revision: str | None, file: str, sizes: Mapping[str, int]) -> dict[str, Any]:
-    from hf_modular.merging._sources import read_object
+    from hf_modular.merging.sources._sources import read_object
 
     return read_object(Path(api.hf_hub_download(name, file, revision=revision))) if file in sizes else {}
 
@@ -194,8 +194,8 @@ def _settings(found: _Found) -> dict[str, Any]:
 
 def _architecture(found: _Found) -> tuple[dict[str, str], list[str]]:
     """What is tied, and how the names and shapes differ from those of the model that transformers would build."""
-    from hf_modular.merging._architecture import architecture
-    from hf_modular.merging._quantised import quantisation
+    from hf_modular.merging.sources._architecture import architecture
+    from hf_modular.merging.sources._quantised import quantisation
 
     problems = [f"there is no {CONFIG}"] if not found.config else []
     known = architecture(found.config)

@@ -27,6 +27,8 @@ MAY_IMPORT = {
     "searching": {"_batches", "merging", "fisher"},
 }
 METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}
+# The packages of merging, each of which imports only those before it.
+MERGING = ("recipes", "sources", "engine", "assembly", "runs")
 
 
 def imports(path: Path) -> set[str]:
@@ -73,8 +75,15 @@ def test_a_method_imports_only_its_familys_machinery(family: str) -> None:
 @pytest.mark.parametrize("family", METHOD_MACHINERY)
 def test_the_machinery_names_no_method(family: str) -> None:
     methods = {path.stem for path in (PACKAGE / family).glob("[a-z]*.py")}
-    for path in (PACKAGE / family).glob("_[a-z]*.py"):
+    for path in (PACKAGE / family).rglob("_[a-z]*.py"):
         assert not {name.split(".")[1] for name in imports(path) if name.startswith(f"{family}.")} & methods, path.name
+
+
+@pytest.mark.parametrize("layer", MERGING)
+def test_a_merge_is_made_in_layers(layer: str) -> None:
+    above = MERGING[MERGING.index(layer) + 1 :]
+    for path in (PACKAGE / "merging" / layer).glob("*.py"):
+        assert not {name.split(".")[1] for name in imports(path) if name.startswith("merging.")} & {*above}, path.name
 
 
 def test_only_these_files_touch_pefts_tuners() -> None:
@@ -88,7 +97,7 @@ def test_only_these_files_touch_pefts_tuners() -> None:
         "adapters/_layer.py",
         "adapters/_peft.py",
         "adapters/_quantised.py",
-        "merging/_adapted.py",
+        "merging/sources/_adapted.py",
     }
 
 

@@ -24,7 +24,7 @@ from hf_modular.adapter_merging._source import PREFIX, Base, Change, Source, ref
 from hf_modular.adapters._layout import layout_of
 from hf_modular.adapters._method import Site, pattern_value
 from hf_modular.checkpoints import Checkpoint
-from hf_modular.merging._sources import locate
+from hf_modular.merging.sources._sources import locate
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -14,8 +14,8 @@ from hf_modular.adapter_merging._rmm import REMEDY as RMM_REMEDY
 from hf_modular.adapter_merging._rmm import merge_reversibly
 from hf_modular.checkpoints import refuse_occupied
 from hf_modular.merging._method import MergeMethod
-from hf_modular.merging._report import RECIPE
-from hf_modular.merging._settings import depths
+from hf_modular.merging.recipes._settings import depths
+from hf_modular.merging.runs._report import RECIPE
 
 
 def merge_adapter_files(

@@ -21,7 +21,7 @@ from hf_modular.adapter_merging._running import Settings
 from hf_modular.adapter_merging._source import Base, Source
 from hf_modular.adapter_merging._weights import WeightMerge
 from hf_modular.merging import MergeMethod
-from hf_modular.merging._settings import Resolved
+from hf_modular.merging.recipes._settings import Resolved
 
 Space = Literal["weights", "parameters"]
 

@@ -15,8 +15,8 @@ from hf_modular.adapter_merging._running import Settings, call_problems, run
 from hf_modular.adapter_merging._source import PREFIX, Base, Source, differing_settings
 from hf_modular.adapter_merging._weights import Beside
 from hf_modular.merging import MergeMethod
-from hf_modular.merging._memory import InMemory, Merged
-from hf_modular.merging._preflight import disagreements, refuse
+from hf_modular.merging.engine._preflight import disagreements, refuse
+from hf_modular.merging.runs._memory import InMemory, Merged
 
 Start = Callable[[str, Any], float | None]  # (name, config) -> where a parameter begins; None: at random
 

@@ -11,10 +11,10 @@ from pydantic import Field, StrictFloat, StrictInt
 from hf_modular.adapter_merging._merge import WARN_ABOVE, Options
 from hf_modular.adapter_merging._rmm_config import RMMConfig
 from hf_modular.adapters import FLoRAConfig, HUTConfig, SSFConfig
-from hf_modular.merging._entries import COMPANIONS, ModelEntry
 from hf_modular.merging._method import Alias, MergeSettings
-from hf_modular.merging._recipe import Problems, Recipe
-from hf_modular.merging._yaml import Location
+from hf_modular.merging.recipes._entries import COMPANIONS, ModelEntry
+from hf_modular.merging.recipes._recipe import Problems, Recipe
+from hf_modular.merging.recipes._yaml import Location
 
 _TYPES = {"LORA": LoraConfig, "HFM_FLORA": FLoRAConfig, "HFM_HUT": HUTConfig, "HFM_SSF": SSFConfig}
 

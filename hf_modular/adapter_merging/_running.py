@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from hf_modular.merging import MergeMethod
-from hf_modular.merging._engine import Engine, Inputs, Output
-from hf_modular.merging._preflight import TensorLike, setting_problems
-from hf_modular.merging._settings import Resolved
-from hf_modular.merging._workers import Workers
+from hf_modular.merging.engine._engine import Engine, Inputs, Output
+from hf_modular.merging.engine._preflight import TensorLike, setting_problems
+from hf_modular.merging.engine._workers import Workers
+from hf_modular.merging.recipes._settings import Resolved
 
 Settings = Callable[[Sequence[str]], Mapping[str, Resolved]]  # of tensors, by their names
 

@@ -21,8 +21,8 @@ from hf_modular.adapters._method import Site
 from hf_modular.checkpoints import TensorInfo
 from hf_modular.merging import LinearConfig, MergeMethod, TaskArithmeticConfig
 from hf_modular.merging._method import total_weight
-from hf_modular.merging._preflight import refuse
-from hf_modular.merging._settings import Resolved
+from hf_modular.merging.engine._preflight import refuse
+from hf_modular.merging.recipes._settings import Resolved
 
 _KEPT = 4  # layers whose changes an adapter remembers while the engine works on them
 

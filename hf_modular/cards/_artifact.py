@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 
 from hf_modular.checkpoints import INDEX, WEIGHTS, Checkpoint, StoredTensor
-from hf_modular.merging._preflight import is_finite
+from hf_modular.merging.engine._preflight import is_finite
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

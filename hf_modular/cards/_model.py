@@ -143,7 +143,7 @@ def _by_part(
     weights: Mapping[str, str], inputs: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, tuple[str, Mapping[str, Any]]]:
     """Weights and files of models and of the adapters on them, each once."""
-    from hf_modular.merging._sources import split_adapter
+    from hf_modular.merging.sources._sources import split_adapter
 
     found: dict[str, tuple[str, Mapping[str, Any]]] = {}
     for reference, weight in weights.items():

@@ -5,12 +5,7 @@ from typing import TYPE_CHECKING, Any
 from hf_modular._lazy import attributes
 
 if TYPE_CHECKING:
-    from hf_modular.merging._memory import merge_state_dicts
     from hf_modular.merging._method import MergeMethod
-    from hf_modular.merging._plan import MergePlan
-    from hf_modular.merging._recipe import MergeRecipe
-    from hf_modular.merging._report import MergeReport
-    from hf_modular.merging._stream import merge, plan_merge
     from hf_modular.merging.arcee_fusion import ArceeFusionConfig
     from hf_modular.merging.breadcrumbs import BreadcrumbsConfig
     from hf_modular.merging.dare import DAREConfig
@@ -26,6 +21,11 @@ if TYPE_CHECKING:
     from hf_modular.merging.opcm import OPCMAddConfig, OPCMConfig, OPCMResultConfig
     from hf_modular.merging.passthrough import PassthroughConfig
     from hf_modular.merging.pcb import PCBConfig
+    from hf_modular.merging.recipes._recipe import MergeRecipe
+    from hf_modular.merging.runs._memory import merge_state_dicts
+    from hf_modular.merging.runs._plan import MergePlan
+    from hf_modular.merging.runs._report import MergeReport
+    from hf_modular.merging.runs._stream import merge, plan_merge
     from hf_modular.merging.rws import RWSConfig
     from hf_modular.merging.sce import SCEConfig
     from hf_modular.merging.slerp import SLERPConfig
@@ -71,9 +71,9 @@ _HOME = {
     "KarcherConfig": "karcher",
     "LinearConfig": "linear",
     "MergeMethod": "_method",
-    "MergePlan": "_plan",
-    "MergeRecipe": "_recipe",
-    "MergeReport": "_report",
+    "MergePlan": "runs._plan",
+    "MergeRecipe": "recipes._recipe",
+    "MergeReport": "runs._report",
     "ModelStockConfig": "model_stock",
     "MultiSLERPConfig": "multislerp",
     "NearSwapConfig": "nearswap",
@@ -89,9 +89,9 @@ _HOME = {
     "SSDConfig": "ssd",
     "TIESConfig": "ties",
     "TaskArithmeticConfig": "task_arithmetic",
-    "merge": "_stream",
-    "merge_state_dicts": "_memory",
-    "plan_merge": "_stream",
+    "merge": "runs._stream",
+    "merge_state_dicts": "runs._memory",
+    "plan_merge": "runs._stream",
 }
 
 __all__ = [

@@ -26,10 +26,10 @@ from torch.testing import assert_close
 
 from hf_modular.checkpoints import Checkpoint, save_checkpoint
 from hf_modular.merging import MergeMethod, MergeRecipe, merge, merge_state_dicts
-from hf_modular.merging._memory import InMemory, Merged, engine_of
 from hf_modular.merging._method import Stack
-from hf_modular.merging._pieces import Piece, PieceStacks
-from hf_modular.merging._workers import Workers
+from hf_modular.merging.engine._pieces import Piece, PieceStacks
+from hf_modular.merging.engine._workers import Workers
+from hf_modular.merging.runs._memory import InMemory, Merged, engine_of
 
 StateDict = dict[str, Tensor]
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import hf_modular
 from hf_modular.adapters import RMMAdapterConfig
 from hf_modular.merging import merge
-from hf_modular.merging._sources import open_source
+from hf_modular.merging.sources._sources import open_source
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

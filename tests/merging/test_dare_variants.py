@@ -176,6 +176,6 @@ def test_settings_that_are_refused():
         "parameters": {"rescale": "q"},
     }
     settings = MergeRecipe.load(recipe).settings.at("w", 0.0)
-    from hf_modular.merging._preflight import setting_problems
+    from hf_modular.merging.engine._preflight import setting_problems
 
     assert "q='closed_form' is for all models alike" in str([*setting_problems({"w": settings}, 1, True)])

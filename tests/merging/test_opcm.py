@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from hf_modular.checkpoints import Checkpoint, save_checkpoint
 from hf_modular.merging import MergeReport, OPCMConfig, merge, merge_state_dicts
-from hf_modular.merging import _one_by_one as machinery
 from hf_modular.merging.opcm import clean
+from hf_modular.merging.runs import _one_by_one as machinery
 
 REFERENCE = load_file(Path(__file__).parents[1] / "data" / "reference.safetensors")
 

@@ -10,7 +10,7 @@ import torch
 
 from hf_modular.checkpoints import save_checkpoint
 from hf_modular.merging import DAREConfig, MergeRecipe, merge
-from hf_modular.merging._processes import Processes
+from hf_modular.merging.engine._processes import Processes
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from hf_modular.merging import merge
-from hf_modular.merging._sources import open_source
+from hf_modular.merging.sources._sources import open_source
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 

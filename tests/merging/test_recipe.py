@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 
 from hf_modular.merging import DAREConfig, MergeRecipe, TaskArithmeticConfig
-from hf_modular.merging._settings import depths, evaluate
+from hf_modular.merging.recipes._settings import depths, evaluate
 
 GOOD = """\
 merge_method: dare_linear

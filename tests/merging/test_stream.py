@@ -32,7 +32,7 @@ from hf_modular.merging import (
     merge,
     merge_state_dicts,
 )
-from hf_modular.merging import _stream as stream
+from hf_modular.merging.runs import _stream as stream
 
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(vocab_size=48, num_key_value_heads=2, **SMALL)

@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 import hf_modular
 from hf_modular.cards import save_card
 from hf_modular.checkpoints import CheckpointWriter
-from hf_modular.merging import METHODS, MergeReport, _verify, merge
-from hf_modular.merging._adapted import Adapted
-from hf_modular.merging._sources import open_source
+from hf_modular.merging import METHODS, MergeReport, merge
+from hf_modular.merging.runs import _verify
+from hf_modular.merging.sources._adapted import Adapted
+from hf_modular.merging.sources._sources import open_source
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:peft"),

@@ -17,13 +17,20 @@ import torch
 from torch import Tensor
 
 from hf_modular.checkpoints import TensorInfo
-from hf_modular.merging._engine import Inputs
-from hf_modular.merging._entries import TokenChoice, TokenizerChoice, TokenOrigin
-from hf_modular.merging._names import known
-from hf_modular.merging._preflight import TensorLike
-from hf_modular.merging._recipe import MergeRecipe
-from hf_modular.merging._sources import Source
-from hf_modular.merging._tokenizers import ConversionError, Tokenizer, load_tokenizer, same_files, union, with_tokens
+from hf_modular.merging.assembly._tokenizers import (
+    ConversionError,
+    Tokenizer,
+    load_tokenizer,
+    same_files,
+    union,
+    with_tokens,
+)
+from hf_modular.merging.engine._engine import Inputs
+from hf_modular.merging.engine._preflight import TensorLike
+from hf_modular.merging.recipes._entries import TokenChoice, TokenizerChoice, TokenOrigin
+from hf_modular.merging.recipes._recipe import MergeRecipe
+from hf_modular.merging.sources._names import known
+from hf_modular.merging.sources._sources import Source
 
 ABSENT = -2  # not -1: the row after it would look like its successor
 _SHOWN = 5  # tokens that are noted

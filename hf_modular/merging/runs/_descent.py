@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_modular.merging._engine import Inputs
-from hf_modular.merging._preflight import TensorLike
+from hf_modular.merging.engine._engine import Inputs
+from hf_modular.merging.engine._preflight import TensorLike
 
 STRANGE = 0.9  # unrelated weights give at least 1, but for chance
 _TENSORS = 8

@@ -8,12 +8,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_modular.merging._companions import Companion, companion_problems, without
-from hf_modular.merging._engine import Engine
 from hf_modular.merging._method import MergeMethod
-from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
-from hf_modular.merging._settings import Resolved
-from hf_modular.merging._workers import Workers
+from hf_modular.merging.engine._companions import Companion, companion_problems, without
+from hf_modular.merging.engine._engine import Engine
+from hf_modular.merging.engine._preflight import disagreements, refuse, setting_problems, unmergeable
+from hf_modular.merging.engine._workers import Workers
+from hf_modular.merging.recipes._settings import Resolved
 
 StateDict = Mapping[str, Tensor]
 

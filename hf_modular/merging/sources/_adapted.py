@@ -19,8 +19,8 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from hf_modular.merging._adapter_folder import AdapterFolder
-from hf_modular.merging._outline import Outline, Reader
+from hf_modular.merging.sources._adapter_folder import AdapterFolder
+from hf_modular.merging.sources._outline import Outline, Reader
 
 _NAME = "default"
 _WRAPPERS = re.compile(r"\b(base_layer|token_adapter)\.")  # what PEFT puts between the names of a layer and a weight

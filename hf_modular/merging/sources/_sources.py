@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from hf_modular.checkpoints import INDEX, WEIGHTS, Checkpoint, TensorInfo, refuse_outside
-from hf_modular.merging._computed import ComputedCheckpoint
-from hf_modular.merging._quantised import dequantised, quantisation
+from hf_modular.merging.sources._computed import ComputedCheckpoint
+from hf_modular.merging.sources._quantised import dequantised, quantisation
 
 CONFIG = "config.json"
 # what a merged model takes over beside its weights, all of it text or a tokenizer's own format, none of it code
@@ -147,7 +147,7 @@ def open_source(reference: str, base_precision: Precision | None = None, *, any_
     source = _open_model(base, base_precision)
     if adapter is None:
         return source
-    from hf_modular.merging._with_adapter import with_adapter
+    from hf_modular.merging.sources._with_adapter import with_adapter
 
     try:
         folder, commit = locate(adapter, ADAPTER_FILES)

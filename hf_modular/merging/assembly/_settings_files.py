@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_modular.merging._chat_templates import NAMED, is_template
-from hf_modular.merging._sources import CONFIG, MODEL_FILES, PROCESSING_FILES, files, read_object
-from hf_modular.merging._tokenizers import Tokenizer, save_tokenizer
+from hf_modular.merging.assembly._tokenizers import Tokenizer, save_tokenizer
+from hf_modular.merging.recipes._chat_templates import NAMED, is_template
+from hf_modular.merging.sources._sources import CONFIG, MODEL_FILES, PROCESSING_FILES, files, read_object
 
 GENERATION = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"

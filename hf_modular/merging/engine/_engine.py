@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from hf_modular.merging._method import BLOCK, MergeMethod, Stack
-from hf_modular.merging._pieces import Piece, Pieces, PieceStacks, grouped
-from hf_modular.merging._preflight import TensorLike, check_finite
-from hf_modular.merging._settings import Resolved
-from hf_modular.merging._workers import Budget, Workers
+from hf_modular.merging.engine._pieces import Piece, Pieces, PieceStacks, grouped
+from hf_modular.merging.engine._preflight import TensorLike, check_finite
+from hf_modular.merging.engine._workers import Budget, Workers
+from hf_modular.merging.recipes._settings import Resolved
 
 _DEVICE_BLOCK = 1 << 23  # elements of a block on an accelerator, which small ones would leave waiting
 _WHOLE_TENSORS = 1 << 30  # bytes that whole tensors, for methods that need them, may take in all threads together

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from hf_modular.merging._method import Stack
-from hf_modular.merging._pieces import Piece, PieceStacks
-from hf_modular.merging._settings import Resolved
+from hf_modular.merging.engine._pieces import Piece, PieceStacks
+from hf_modular.merging.recipes._settings import Resolved
 
 MERGEABLE = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _SHOWN = 20

@@ -18,9 +18,9 @@ import torch
 
 from hf_modular.checkpoints import Checkpoint
 from hf_modular.merging._method import MergeMethod, Parts
-from hf_modular.merging._processes import processes
-from hf_modular.merging._recipe import MergeRecipe
-from hf_modular.merging._report import MergeReport
+from hf_modular.merging.engine._processes import processes
+from hf_modular.merging.recipes._recipe import MergeRecipe
+from hf_modular.merging.runs._report import MergeReport
 
 Run = Callable[..., MergeReport]  # one merge: (recipe, folder, **options)
 

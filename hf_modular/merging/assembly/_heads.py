@@ -9,11 +9,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hf_modular.merging._engine import Inputs
-from hf_modular.merging._names import known
-from hf_modular.merging._preflight import TensorLike, listed
-from hf_modular.merging._recipe import MergeRecipe
-from hf_modular.merging._sources import Source
+from hf_modular.merging.engine._engine import Inputs
+from hf_modular.merging.engine._preflight import TensorLike, listed
+from hf_modular.merging.recipes._recipe import MergeRecipe
+from hf_modular.merging.sources._names import known
+from hf_modular.merging.sources._sources import Source
 
 _LABELS = ("id2label", "label2id", "num_labels", "problem_type", "architectures")  # what a config says of a head
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 
 from hf_modular.checkpoints import TensorInfo
-from hf_modular.merging._companions import Companion
-from hf_modular.merging._engine import Engine, Inputs
+from hf_modular.merging.engine._companions import Companion
+from hf_modular.merging.engine._engine import Engine, Inputs
 
 Reading = Callable[[Inputs, Mapping[str, TensorInfo]], Inputs]  # other inputs that give the same tensors
 

@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig
 
 from hf_modular.checkpoints import Checkpoint
-from hf_modular.merging._sources import read_object
+from hf_modular.merging.sources._sources import read_object
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -8,8 +8,8 @@ not part of the model, is asked only when the names differ.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-from hf_modular.merging._architecture import Architecture, architecture
-from hf_modular.merging._sources import Source
+from hf_modular.merging.sources._architecture import Architecture, architecture
+from hf_modular.merging.sources._sources import Source
 
 
 def agree(sources: Sequence[Source]) -> list[str]:

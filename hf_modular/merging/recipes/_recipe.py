@@ -15,8 +15,9 @@ from typing import Any, Literal, NamedTuple, Self, cast
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError, model_validator
 
-from hf_modular.merging._chat_templates import NAMED, is_template
-from hf_modular.merging._entries import (
+from hf_modular.merging._method import Alias, MergeMethod, MergeSettings, check_setting
+from hf_modular.merging.recipes._chat_templates import NAMED, is_template
+from hf_modular.merging.recipes._entries import (
     COMPANIONS,
     ModelEntry,
     OutputSlice,
@@ -25,9 +26,8 @@ from hf_modular.merging._entries import (
     TokenChoice,
     TokenizerChoice,
 )
-from hf_modular.merging._method import Alias, MergeMethod, MergeSettings, check_setting
-from hf_modular.merging._settings import IGNORED, Settings, chained, known, translated, word
-from hf_modular.merging._yaml import Document, Location, read, spelled
+from hf_modular.merging.recipes._settings import IGNORED, Settings, chained, known, translated, word
+from hf_modular.merging.recipes._yaml import Document, Location, read, spelled
 
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
 Problems = Iterator[tuple[Location, str]]

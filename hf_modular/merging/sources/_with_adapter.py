@@ -17,12 +17,12 @@ from peft import PeftType
 from torch import Tensor
 
 from hf_modular.checkpoints import StoredTensor
-from hf_modular.merging._adapted import Adapted, prefix_of
-from hf_modular.merging._adapter_folder import PREFIX, AdapterFolder
-from hf_modular.merging._architecture import architecture
-from hf_modular.merging._computed import ComputedCheckpoint, Group, free_at_once
-from hf_modular.merging._outline import Outline, outline
-from hf_modular.merging._sources import PROCESSING_FILES, Source, files
+from hf_modular.merging.sources._adapted import Adapted, prefix_of
+from hf_modular.merging.sources._adapter_folder import PREFIX, AdapterFolder
+from hf_modular.merging.sources._architecture import architecture
+from hf_modular.merging.sources._computed import ComputedCheckpoint, Group, free_at_once
+from hf_modular.merging.sources._outline import Outline, outline
+from hf_modular.merging.sources._sources import PROCESSING_FILES, Source, files
 
 _SNAPSHOT = re.compile(r"models--(?P<id>[^/]+)/snapshots/")
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")

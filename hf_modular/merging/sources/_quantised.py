@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_modular.checkpoints import Checkpoint, StoredTensor
-from hf_modular.merging._computed import ComputedCheckpoint, Group
+from hf_modular.merging.sources._computed import ComputedCheckpoint, Group
 
 _STATE = ".quant_state.bitsandbytes__"
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")

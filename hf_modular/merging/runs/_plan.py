@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from hf_modular.checkpoints import TensorInfo, plan_shards
-from hf_modular.merging._computed import KEPT, ComputedCheckpoint
-from hf_modular.merging._engine import Engine, Inputs
-from hf_modular.merging._sampled import infos, part_of, sample
-from hf_modular.merging._sources import Source
-from hf_modular.merging._workers import Workers
+from hf_modular.merging.engine._engine import Engine, Inputs
+from hf_modular.merging.engine._workers import Workers
+from hf_modular.merging.runs._sampled import infos, part_of, sample
+from hf_modular.merging.sources._computed import KEPT, ComputedCheckpoint
+from hf_modular.merging.sources._sources import Source
 
 _TRIED, _TENSORS = 1 << 22, 64  # elements and tensors of the trial
 _LIBRARIES = 350 << 20  # bytes that Python and torch take

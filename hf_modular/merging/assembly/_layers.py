@@ -8,8 +8,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from hf_modular.merging._names import known
-from hf_modular.merging._sources import Source
+from hf_modular.merging.sources._names import known
+from hf_modular.merging.sources._sources import Source
 
 _NUMBER = re.compile(r"(?:^|\.)(\d{1,9})\.")
 _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from hf_modular import merging
 from hf_modular.checkpoints import TensorInfo
-from hf_modular.merging._architecture import architecture
-from hf_modular.merging._engine import Inputs
-from hf_modular.merging._heads import Heads, choose_head, labels
-from hf_modular.merging._layers import LayerStack, Place, before_and_after, layer_stack, stacked_config
 from hf_modular.merging._method import MergeMethod
-from hf_modular.merging._names import agree, known
-from hf_modular.merging._preflight import TensorLike
-from hf_modular.merging._recipe import Column, MergeRecipe, Section
-from hf_modular.merging._settings import Resolved, depths
-from hf_modular.merging._sources import Source
-from hf_modular.merging._tokenizers import Tokenizer
-from hf_modular.merging._vocabulary import one_vocabulary
+from hf_modular.merging.assembly._heads import Heads, choose_head, labels
+from hf_modular.merging.assembly._layers import LayerStack, Place, before_and_after, layer_stack, stacked_config
+from hf_modular.merging.assembly._tokenizers import Tokenizer
+from hf_modular.merging.assembly._vocabulary import one_vocabulary
+from hf_modular.merging.engine._engine import Inputs
+from hf_modular.merging.engine._preflight import TensorLike
+from hf_modular.merging.recipes._recipe import Column, MergeRecipe, Section
+from hf_modular.merging.recipes._settings import Resolved, depths
+from hf_modular.merging.sources._architecture import architecture
+from hf_modular.merging.sources._names import agree, known
+from hf_modular.merging.sources._sources import Source
 
 
 @dataclass(frozen=True, eq=False)

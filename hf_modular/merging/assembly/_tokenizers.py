@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_modular.merging._sources import files, read_object
+from hf_modular.merging.sources._sources import files, read_object
 
 TOKENIZER = "tokenizer.json"
 _PARTS = ("tokenizer.json", "tokenizer.model", "vocab*", "merges.txt", "*.spm", "*.tiktoken", "spiece.model")

@@ -19,14 +19,14 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_modular.checkpoints import Checkpoint, TensorInfo
-from hf_modular.merging._engine import Engine, Inputs
-from hf_modular.merging._memory import InMemory, Merged
 from hf_modular.merging._method import MergeMethod, Stack
-from hf_modular.merging._preflight import listed
-from hf_modular.merging._report import VerificationError
-from hf_modular.merging._sampled import infos, part_of, sample
-from hf_modular.merging._sources import Source, read_object
-from hf_modular.merging._workers import Workers
+from hf_modular.merging.engine._engine import Engine, Inputs
+from hf_modular.merging.engine._preflight import listed
+from hf_modular.merging.engine._workers import Workers
+from hf_modular.merging.runs._memory import InMemory, Merged
+from hf_modular.merging.runs._report import VerificationError
+from hf_modular.merging.runs._sampled import infos, part_of, sample
+from hf_modular.merging.sources._sources import Source, read_object
 
 _NUMBER = re.compile(r"\d+")
 _TENSORS = 24  # that are computed again

@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hf_modular.merging._engine import Inputs
 from hf_modular.merging._method import MergeMethod
-from hf_modular.merging._preflight import MERGEABLE, TensorLike, listed
-from hf_modular.merging._sources import read_object
+from hf_modular.merging.engine._engine import Inputs
+from hf_modular.merging.engine._preflight import MERGEABLE, TensorLike, listed
+from hf_modular.merging.sources._sources import read_object
 
 Companions = Mapping[str, Sequence[Inputs]]  # what it is -> one for each model
 

@@ -19,23 +19,23 @@ import torch
 
 from hf_modular import merging
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
-from hf_modular.merging._assembly import Assembly, Part, assemble
-from hf_modular.merging._companions import Companion, companion_problems, is_root, without
-from hf_modular.merging._descent import distances, strangers
-from hf_modular.merging._engine import Engine
 from hf_modular.merging._method import MergeMethod, Parts
-from hf_modular.merging._one_by_one import one_by_one
-from hf_modular.merging._preflight import disagreements, refuse, setting_problems, unmergeable
-from hf_modular.merging._processes import Processes, processes
-from hf_modular.merging._recipe import MergeRecipe
-from hf_modular.merging._report import RECIPE, MergeReport, describe, peak_memory, versions
-from hf_modular.merging._settings import Resolved
-from hf_modular.merging._settings_files import Beside, chat_template, config_changes, token_numbers
-from hf_modular.merging._sources import Source, open_source
-from hf_modular.merging._workers import Workers
+from hf_modular.merging.assembly._assembly import Assembly, Part, assemble
+from hf_modular.merging.assembly._settings_files import Beside, chat_template, config_changes, token_numbers
+from hf_modular.merging.engine._companions import Companion, companion_problems, is_root, without
+from hf_modular.merging.engine._engine import Engine
+from hf_modular.merging.engine._preflight import disagreements, refuse, setting_problems, unmergeable
+from hf_modular.merging.engine._processes import Processes, processes
+from hf_modular.merging.engine._workers import Workers
+from hf_modular.merging.recipes._recipe import MergeRecipe
+from hf_modular.merging.recipes._settings import Resolved
+from hf_modular.merging.runs._descent import distances, strangers
+from hf_modular.merging.runs._one_by_one import one_by_one
+from hf_modular.merging.runs._report import RECIPE, MergeReport, describe, peak_memory, versions
+from hf_modular.merging.sources._sources import Source, open_source
 
 if TYPE_CHECKING:
-    from hf_modular.merging._plan import MergePlan
+    from hf_modular.merging.runs._plan import MergePlan
 
 _MARGIN = 1 << 24  # bytes of disk space for everything but weights
 
@@ -123,7 +123,7 @@ def plan_merge(
 
     All that would stop the merge before it reads weights is an error here, too.
     """
-    from hf_modular.merging._plan import make_plan
+    from hf_modular.merging.runs._plan import make_plan
 
     recipe = _with_seed(MergeRecipe.load(recipe), seed)
     with ExitStack() as stack:
@@ -347,7 +347,7 @@ class _Job:
 
     def verify(self, writer: CheckpointWriter) -> dict[str, Any]:
         """Whether the files, which nobody sees yet, hold what they must."""
-        from hf_modular.merging._verify import Subject, verify
+        from hf_modular.merging.runs._verify import Subject, verify
 
         writer.sync()
         writer.write_index()

@@ -1,0 +1,1 @@
+"""Where tensors are read from: checkpoints, quantised ones, and models with adapters."""
