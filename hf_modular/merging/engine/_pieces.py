@@ -9,8 +9,8 @@ from hf_modular.merging._method import BLOCK, Stack
 
 T = TypeVar("T")
 
-_GROUP = 8  # blocks that a thread takes at a time
-_SAMPLED = 32  # one block in so many is sampled
+_GROUP = 4  # blocks that a thread takes at a time
+_SAMPLED = 8  # one block in so many is sampled
 
 
 class Piece(NamedTuple):
@@ -54,7 +54,7 @@ class PieceStacks:
         return chain.from_iterable(results)
 
     def sample(self, of_each: int = 2048) -> Iterable[Stack]:
-        """Of each tensor the first block and every 32nd after it, thinned."""
+        """Of each tensor the first block and every eighth after it, thinned."""
         chosen = (piece for piece in self.pieces if piece.start // BLOCK % _SAMPLED == 0)
         return (_thinned(self.stack(piece), of_each) for piece in chosen)
 
