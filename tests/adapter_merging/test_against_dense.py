@@ -4,9 +4,9 @@ import warnings
 
 import pytest
 import torch
-from adapter_merging.zoo import CONVOLUTIONS, NAMES, TOKENS, adapted, difference, expected, lora, merged_weights, zoo
 from torch.testing import assert_close
 
+from adapter_merging.zoo import CONVOLUTIONS, NAMES, TOKENS, adapted, difference, expected, lora, merged_weights, zoo
 from hf_modular import merge_adapters
 from hf_modular.merging import DAREConfig, LinearConfig, TaskArithmeticConfig, TIESConfig, merge_state_dicts
 

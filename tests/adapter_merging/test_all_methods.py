@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from adapter_merging.zoo import adapted, difference, lora, merged_weights, zoo
 
+from adapter_merging.zoo import adapted, difference, lora, merged_weights, zoo
 from hf_modular import merge_adapters
 from hf_modular.merging import METHODS, merge_state_dicts
 

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from adapter_merging.zoo import difference
 from adapters import tiny
 from peft import PeftModel, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from adapter_merging.zoo import difference
 from hf_modular import merge_adapter_files, merge_adapters
 from hf_modular.merging import TaskArithmeticConfig
 

@@ -4,12 +4,12 @@ import shutil
 
 import pytest
 import torch
-from adapter_merging.zoo import difference
 from adapters import tiny
 from peft import AutoPeftModelForCausalLM, IA3Config, LoraConfig, PeftModel
 from torch import nn
 from torch.testing import assert_close
 
+from adapter_merging.zoo import difference
 from hf_modular import FLoRAConfig, HUTConfig, SSFConfig, extract_adapter
 
 pytestmark = [

@@ -5,12 +5,12 @@ import shutil
 
 import pytest
 import torch
-from adapter_merging.zoo import NAMES, TOKENS, adapted, difference, lora, merged_weights, zoo
 from adapters import tiny
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from adapter_merging.zoo import NAMES, TOKENS, adapted, difference, lora, merged_weights, zoo
 from hf_modular import FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, merge_adapter_files, merge_adapters
 from hf_modular.adapter_merging import AdapterRecipe, AdapterReport
 from hf_modular.merging import TaskArithmeticConfig, TIESConfig

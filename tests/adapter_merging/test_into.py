@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from adapter_merging.zoo import NAMES, adapted, difference, expected, lora, merged_weights, zoo
 from adapters import tiny
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
+from adapter_merging.zoo import NAMES, adapted, difference, expected, lora, merged_weights, zoo
 from hf_modular import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, merge_adapters
 from hf_modular.merging import LinearConfig, TaskArithmeticConfig
 

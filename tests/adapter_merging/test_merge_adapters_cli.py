@@ -4,9 +4,9 @@ import json
 import sys
 
 import pytest
-from adapter_merging.zoo import adapted, lora, zoo
 from peft import PeftModel
 
+from adapter_merging.zoo import adapted, lora, zoo
 from hf_modular import cli
 
 pytestmark = [

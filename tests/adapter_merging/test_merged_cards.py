@@ -1,12 +1,12 @@
 """The cards of adapters that were merged or extracted: what they were made from, how near they are, and no paths."""
 
 import pytest
-from adapter_merging.zoo import adapted, lora
 from adapters import tiny
 from huggingface_hub import constants
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from adapter_merging.zoo import adapted, lora
 from hf_modular import RMMConfig, extract_adapter, merge_adapter_files, merge_adapters
 from hf_modular.cards._artifact import read_artifact
 from hf_modular.cards._card import make_card

@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from adapter_merging.zoo import NAMES, TOKENS, Zoo, adapted, difference, lora, merged_weights, zoo
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
 
+from adapter_merging.zoo import NAMES, TOKENS, Zoo, adapted, difference, lora, merged_weights, zoo
 from hf_modular import MoSConfig, RMMConfig, add_task, merge_adapter_files, merge_adapters
 from hf_modular._reversible import storage
 from hf_modular.adapter_merging import AdapterRecipe, AdapterReport

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from adapter_merging.zoo import difference
 from adapters import tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 
+from adapter_merging.zoo import difference
 from hf_modular import merge_adapter_files
 
 pytestmark = [

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
 from peft import PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
+from adapters import tiny
 from hf_modular.testing import AdapterCase
 
 TASKS = {"llama": "CAUSAL_LM", "classifier": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}

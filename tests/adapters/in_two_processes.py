@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from adapters.conftest import adapted
-from adapters.table import METHODS
 from peft import PeftModel
 from torch import Tensor, distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW, Optimizer
 
+from adapters.conftest import adapted
+from adapters.table import METHODS
 from hf_modular.testing import AdapterCase
 
 STEPS = 4

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.conftest import Saved, adapted
-from adapters.table import METHODS
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from adapters import tiny
+from adapters.conftest import Saved, adapted
+from adapters.table import METHODS
 from hf_modular import HUTConfig, SSFConfig
 from hf_modular.testing import AdapterCase
 

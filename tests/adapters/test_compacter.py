@@ -8,13 +8,13 @@ import hypothesis
 import pytest
 import torch
 import transformers as tf
-from adapters.tiny import blocks, model, move, on_meta, reference, run, trainable
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from adapters.tiny import blocks, model, move, on_meta, reference, run, trainable
 from hf_modular import CompacterConfig
 from hf_modular.adapters import Compacter
 from hf_modular.adapters.compacter import PHM

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.table import MERGEABLE, METHODS, SETTINGS
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.testing import assert_close
 
+from adapters import tiny
+from adapters.table import MERGEABLE, METHODS, SETTINGS
 from hf_modular import HUTConfig, hotswap_adapter
 from hf_modular.testing import AdapterCase
 

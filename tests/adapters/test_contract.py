@@ -1,8 +1,8 @@
 """Every method keeps the contract."""
 
 import torch
-from adapters.table import METHODS, SETTINGS
 
+from adapters.table import METHODS, SETTINGS
 from hf_modular.testing import AdapterContract
 
 

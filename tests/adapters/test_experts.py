@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from adapters import tiny
-from adapters.table import METHODS
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
+from adapters import tiny
+from adapters.table import METHODS
 from hf_modular import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
 from hf_modular.adapters import RMMAdapterConfig
 from hf_modular.adapters._parameters import ParameterLayer, is_transposed

@@ -6,7 +6,6 @@ from math import prod
 import hypothesis
 import pytest
 import torch
-from adapters.tiny import blocks, model, move, reference, trainable
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
+from adapters.tiny import blocks, model, move, reference, trainable
 from hf_modular import FLoRAConfig
 from hf_modular.adapters import FLoRA, Site
 

@@ -3,13 +3,13 @@
 from collections.abc import Iterator
 
 import pytest
-from adapters import tiny
-from adapters.conftest import adapted
-from adapters.table import METHODS
 from torch import Tensor, distributed, nn
 from torch.distributed.fsdp import fully_shard
 from torch.testing import assert_close
 
+from adapters import tiny
+from adapters.conftest import adapted
+from adapters.table import METHODS
 from hf_modular.testing import AdapterCase
 
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.conftest import Saved, adapted
-from adapters.table import MERGEABLE, METHODS
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils.hotswap import hotswap_adapter as pefts_hotswap_adapter
 from torch import Tensor, nn
 
+from adapters import tiny
+from adapters.conftest import Saved, adapted
+from adapters.table import MERGEABLE, METHODS
 from hf_modular import FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, hotswap_adapter
 from hf_modular.testing import AdapterCase
 

@@ -4,13 +4,13 @@ from itertools import product
 
 import pytest
 import torch
-from adapters import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import HiraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from adapters import tiny
 from hf_modular import HUTConfig
 from hf_modular.adapters import HUT, Site
 

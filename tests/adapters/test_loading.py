@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.conftest import Saved, adapted, targets
-from adapters.table import METHODS
 from peft import (
     AutoPeftModel,
     AutoPeftModelForCausalLM,
@@ -20,6 +17,9 @@ from peft import (
     set_peft_model_state_dict,
 )
 
+from adapters import tiny
+from adapters.conftest import Saved, adapted, targets
+from adapters.table import METHODS
 from hf_modular.testing import AdapterCase
 
 pytestmark = pytest.mark.parametrize("case", METHODS, ids=str)

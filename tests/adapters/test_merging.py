@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload
-from adapters import tiny
-from adapters.conftest import LAYERS, adapted, targets
-from adapters.table import MERGEABLE, METHODS
 from peft import PeftModel, get_peft_model
 from peft.utils.quantization_utils import QuantizationBackend
 from torch import Tensor, nn
 from torch.testing import assert_close
 
+from adapters import tiny
+from adapters.conftest import LAYERS, adapted, targets
+from adapters.table import MERGEABLE, METHODS
 from hf_modular import HUTConfig, SSFConfig
 from hf_modular.adapters import _peft
 from hf_modular.adapters._layer import AdapterLayer

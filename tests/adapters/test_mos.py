@@ -7,13 +7,13 @@ import hypothesis
 import pytest
 import torch
 import transformers as tf
-from adapters.tiny import blocks, model, move, on_meta, run, trainable
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
+from adapters.tiny import blocks, model, move, on_meta, run, trainable
 from hf_modular import MoSConfig
 from hf_modular.adapters import MoS, Site
 

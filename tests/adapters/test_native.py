@@ -5,9 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.conftest import Saved, words
-from adapters.table import METHODS
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -16,6 +13,9 @@ from transformers import (
     pipeline,
 )
 
+from adapters import tiny
+from adapters.conftest import Saved, words
+from adapters.table import METHODS
 from hf_modular.testing import AdapterCase
 
 pytestmark = pytest.mark.parametrize("case", METHODS, ids=str)

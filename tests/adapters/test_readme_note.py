@@ -3,11 +3,11 @@
 from pathlib import Path
 
 import pytest
-from adapters import tiny
-from adapters.table import METHODS
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 
+from adapters import tiny
+from adapters.table import METHODS
 from hf_modular import HUTConfig
 from hf_modular.adapters._readme import add_loading_note
 from hf_modular.testing import AdapterCase

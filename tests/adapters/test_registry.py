@@ -12,13 +12,13 @@ from typing import Any, ClassVar
 
 import peft
 import pytest
-from adapters.table import METHODS, TABLE
 from peft import PeftConfig, PeftType, get_peft_model
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 import hf_modular.adapters
+from adapters.table import METHODS, TABLE
 from hf_modular.adapters import (
     Adapter,
     AdapterConfig,

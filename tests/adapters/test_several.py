@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.conftest import TASKS, Saved, adapted
-from adapters.table import MERGEABLE, METHODS
 from peft import PeftModel
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import GenerationConfig
 
+from adapters import tiny
+from adapters.conftest import TASKS, Saved, adapted
+from adapters.table import MERGEABLE, METHODS
 from hf_modular import HUTConfig, SSFConfig
 from hf_modular.testing import AdapterCase
 

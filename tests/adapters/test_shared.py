@@ -5,7 +5,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from adapters.tiny import TOKENS, blocks, model, move, run, trainable
 from peft import (
     PeftModel,
     get_peft_model,
@@ -18,6 +17,7 @@ from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
+from adapters.tiny import TOKENS, blocks, model, move, run, trainable
 from hf_modular import CompacterConfig, MoSConfig
 from hf_modular.adapters import Adapter, AdapterConfig
 

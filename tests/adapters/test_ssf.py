@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from adapters import tiny
 from peft import get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from transformers import ViTConfig, ViTForImageClassification
 
+from adapters import tiny
 from hf_modular import SSFConfig
 from hf_modular.adapters import SSF, Site
 

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.conftest import adapted
-from adapters.table import MERGEABLE, METHODS
 from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 
+from adapters import tiny
+from adapters.conftest import adapted
+from adapters.table import MERGEABLE, METHODS
 from hf_modular import FLoRAConfig, HUTConfig, MoSConfig
 from hf_modular.adapters._layer import AdapterLayer
 from hf_modular.testing import AdapterCase

@@ -4,13 +4,13 @@ import json
 
 import pytest
 import torch
-from adapters.tiny import blocks, model, move, run
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from torch.testing import assert_close
 
 import hf_modular
+from adapters.tiny import blocks, model, move, run
 from hf_modular import CompacterConfig, FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, to_lora
 from hf_modular.adapters import AdapterConfig
 

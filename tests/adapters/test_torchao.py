@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.table import MERGEABLE, METHODS
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, TorchAoConfig
 
+from adapters import tiny
+from adapters.table import MERGEABLE, METHODS
 from hf_modular.adapters._layer import AdapterLayer
 from hf_modular.testing import AdapterCase
 

@@ -4,15 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapters import tiny
-from adapters.conftest import adapted
-from adapters.table import METHODS
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import Trainer, TrainingArguments
 
+from adapters import tiny
+from adapters.conftest import adapted
+from adapters.table import METHODS
 from hf_modular.testing import AdapterCase
 
 pytestmark = pytest.mark.parametrize("case", METHODS, ids=str)

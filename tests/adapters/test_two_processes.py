@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from adapters import in_two_processes, tiny
-from adapters.in_two_processes import BATCHES, WAYS, losses_of, made, optimizer_of
-from adapters.table import METHODS
 from peft import PeftModel
 from torch import Tensor
 from torch.testing import assert_close
 
+from adapters import in_two_processes, tiny
+from adapters.in_two_processes import BATCHES, WAYS, losses_of, made, optimizer_of
+from adapters.table import METHODS
 from hf_modular.testing import AdapterCase
 
 
