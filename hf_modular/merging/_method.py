@@ -22,10 +22,8 @@ from hf_modular.merging import _random
 
 CONFIG_NAME = "merge_config.json"
 
-# Few elements fit the cache of a core, but threads meet at Python's lock between any two operations, and the shorter
-# these are, the more they wait for each other: with blocks of 1 << 17, two threads take half as long again.
-RUN = 1 << 17  # elements of a run, which a long computation takes at a time
-BLOCK = 1 << 19  # elements of a block, which a thread takes at a time
+RUN = 1 << 17  # elements of a run, which a long computation takes at a time, so that they stay near a core's cache
+BLOCK = 1 << 17  # elements of a block, which a survey sees at a time
 
 T = TypeVar("T")
 
