@@ -158,7 +158,12 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 if number == 0:
                     figures[who]["wrong"] = apart(wrong_share, options.folder, work / who, method)
                 report = work / who / "merge_report.json"
-                figures[who]["engine"] = json.loads(report.read_text())["seconds"] if report.exists() else None
+                if (
+                    report.exists()
+                ):  # what it says of memory counts the children, of which the kernel tells the largest
+                    own = json.loads(report.read_text())
+                    peak = max(figures[who]["peak"], own["peak_memory"] / 1e6)
+                    figures[who] |= {"engine": own["seconds"], "peak": peak}
                 shutil.rmtree(work / who)
             rounds.append(figures)
         rows.append({"method": method, "rounds": rounds, **summary(rounds)})
@@ -178,7 +183,9 @@ def peaks(options: argparse.Namespace) -> list[dict]:
             path.write_text(recipe(method, folder))
             shutil.rmtree(work / "ours", ignore_errors=True)
             command = programs(path, work, method)["ours"]
-            row[method] = run(command, work / "ours.log")["peak"]
+            peak = run(command, work / "ours.log")["peak"]
+            own = json.loads((work / "ours" / "merge_report.json").read_text())
+            row[method] = max(peak, own["peak_memory"] / 1e6)
         rows.append(row)
     shutil.rmtree(work)
     return sorted(rows, key=lambda row: row["bytes of a model"])

@@ -100,7 +100,7 @@ class Engine:
             self._survey_large(pool, only)
             block = self.block or (pool.block if self.device.type == "cpu" else _DEVICE_BLOCK)
             work = partial(self._work, block=block, survey=survey, output=output)
-            for done in pool.map(work, self._shares(block, only)):
+            for done in pool.map(_alone(work), self._shares(block, only)):
                 self.notes.update(dict.fromkeys(done.notes))
                 for name, size in done.sizes:
                     progress(name, size)
@@ -216,7 +216,7 @@ class Engine:
         method = next((self.settings[name].method for name in self.sizes), self.method)
         if method.survey_scope == "tensor":
             return None
-        survey = method.survey(PieceStacks(Pieces(self.sizes, self.whole), self.stack, pool.map))
+        survey = method.survey(PieceStacks(Pieces(self.sizes, self.whole), self.stack, _together(pool)))
         self.facts.update(method.facts(survey))
         return survey
 
@@ -226,7 +226,7 @@ class Engine:
         small = sum(sizes.values()) / (_SMALL * pool.count)
         for name, size in sizes.items():
             if size > small and name not in self.whole and self._surveyed(name):
-                self._surveys[name] = self._survey_tensor(name, pool.map)
+                self._surveys[name] = self._survey_tensor(name, _together(pool))
 
     def _known(self, name: str, survey: Any) -> Any:
         """What the method has to know of a tensor, or of the whole model."""
@@ -270,6 +270,20 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def _together(pool: Pool) -> Callable[..., Any]:
+    return lambda function, items: pool.map(_alone(function), items)
+
+
+def _alone(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """The same in `one_thread`, which each of our threads has to be told: LAPACK keeps a number for each of them."""
+
+    def alone(item: Any) -> Any:
+        torch.set_num_threads(1)
+        return function(item)
+
+    return alone
 
 
 @lru_cache(maxsize=64)
