@@ -158,9 +158,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
                 if number == 0:
                     figures[who]["wrong"] = apart(wrong_share, options.folder, work / who, method)
                 report = work / who / "merge_report.json"
-                if (
-                    report.exists()
-                ):  # what it says of memory counts the children, of which the kernel tells the largest
+                if report.exists():  # its memory counts all children, the kernel only the largest
                     own = json.loads(report.read_text())
                     peak = max(figures[who]["peak"], own["peak_memory"] / 1e6)
                     figures[who] |= {"engine": own["seconds"], "peak": peak}

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -78,6 +80,16 @@ def test_no_child_outlives_the_context():
         next(results)
         assert len(children() - before) == 2
     assert children() == before
+
+
+def test_they_can_be_had_from_a_thread():
+    with ThreadPoolExecutor(1) as threads, Forks(2) as pool:
+        assert threads.submit(lambda: [*pool.map(str, range(3))]).result() == ["0", "1", "2"]
+
+
+def test_workers_of_pythons_own_pools_have_no_children():
+    with get_context("fork").Pool(1) as processes:
+        assert processes.apply(can_fork) is False
 
 
 def test_a_child_that_is_killed_is_said(forks):

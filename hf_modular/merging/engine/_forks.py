@@ -13,7 +13,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from multiprocessing import get_context
+from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from types import TracebackType
@@ -29,7 +29,8 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def can_fork() -> bool:
-    return sys.platform == "linux"
+    """Not where Python lets a process have no children, such as the workers of its own pools."""
+    return sys.platform == "linux" and not current_process().daemon
 
 
 class Forks:
