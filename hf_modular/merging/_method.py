@@ -30,7 +30,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One tensor, or a run of its elements, of the base and of all n models, in fp32 (fp64 where an input is).
+    """One tensor, or a run of its elements, of the base and of all n models, in fp32 (fp64 where an input is, or the
+    method wants it).
 
     A method changes nothing that it is given. `shape` is the tensor's own for most methods; for an elementwise
     one it may be that of a flat chunk of any length.
@@ -194,6 +195,7 @@ class MergeMethod(MergeSettings, ABC):
     """Settings as dataclass fields, `merge` as the mathematics of one stack of tensors."""
 
     takes_weights: ClassVar[bool] = True  # else the models must not have any
+    in_fp64: ClassVar[bool] = False  # for a formula so short that the arithmetic costs less than to read and write
 
     @property
     def needs(self) -> frozenset[str]:

@@ -19,6 +19,7 @@ from torch import Tensor
 from hf_modular.merging._method import MergeMethod, Stack
 from hf_modular.merging.engine._pieces import Piece, Pieces, PieceStacks, shares
 from hf_modular.merging.engine._preflight import TensorLike, check_finite
+from hf_modular.merging.engine._rounding import rounded
 from hf_modular.merging.engine._workers import Budget, Pool
 from hf_modular.merging.recipes._settings import Resolved
 
@@ -107,7 +108,7 @@ class Engine:
 
     def stack(self, piece: Piece) -> Stack:
         """A piece of all models. The next stack of the same thread takes its place in memory if it is a block."""
-        dtype = self._dtypes[piece.name]
+        dtype = self.dtypes[piece.name]
         kinds = [kind for kind, those in self.companions.items() if piece.name in those[0].tensors]
         sources = [*self._sources, *chain.from_iterable(self.companions[kind] for kind in kinds)]
         memory, rows = self._memory_for(len(sources), piece, dtype)
@@ -139,10 +140,11 @@ class Engine:
         return [*([self.base] if self.base else []), *self.models]
 
     @cached_property
-    def _dtypes(self) -> dict[str, torch.dtype]:
-        """What each tensor is merged in: at least `arithmetic`, and fp64 where an input or the result is fp64."""
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """What each tensor is merged in: fp64 where an input or the result is or the method wants it."""
         tensors = [self.plan, *(source.tensors for source in self._sources)]
         wide = {name for name in self.sizes if any(of[name].dtype == torch.float64 for of in tensors)}
+        wide |= {name for name in self.sizes if self.settings[name].method.in_fp64}
         return {name: torch.float64 if name in wide else self.arithmetic for name in self.sizes}
 
     @cached_property
@@ -189,7 +191,7 @@ class Engine:
                     f"{method.name!r} must keep the shape of {piece.name}, {tuple(stack.base.shape)}, "
                     f"but made it {tuple(merged.shape)}"
                 )
-            merged = merged.to(self.plan[piece.name].dtype).reshape(-1).cpu()
+            merged = rounded(merged, self.plan[piece.name].dtype).reshape(-1).cpu()
             check_finite(piece.name, merged, self._labelled(stack))
             return merged
 

@@ -124,7 +124,8 @@ def _libraries(sources: Sequence[Source]) -> int:
 
 def _working(engine: Engine, pool: Pool) -> int:
     """Bytes of the buffers in which models are read and merged."""
-    rows = (len(engine.models) * (1 + len(engine.companions)) + 2) * 2 * torch.float32.itemsize
+    wide = max((dtype.itemsize for dtype in engine.dtypes.values()), default=0)
+    rows = (len(engine.models) * (1 + len(engine.companions)) + 2) * 2 * wide
     whole = [info.numel for name, info in infos(engine).items() if not engine.settings[name].method.elementwise]
     largest = sorted((rows * size for size in whole), reverse=True)[: pool.count]
     blocks = pool.count * (rows * (engine.block or pool.block) + (_FORK if isinstance(pool, Forks) else 0))

@@ -57,8 +57,8 @@ def merge(
 ) -> MergeReport:
     """Merge checkpoints into a folder that transformers loads.
 
-    Where `accelerate launch --multi_gpu --num_processes N -m hf_modular.cli merge ...` has started several processes (on
-    CPUs too), or `torchrun` or MPI, each merges a part of the tensors; the result is the same.
+    Where `accelerate launch --multi_gpu --num_processes N -m hf_modular.cli merge ...` has started several processes
+    (on CPUs too), or `torchrun` or MPI, each merges a part of the tensors; the result is the same.
 
     Args:
         recipe: A recipe file, or what it would hold.
