@@ -67,8 +67,8 @@ def order_statistics(stacks: Stacks, rows: Rows, ranks: Ranks) -> list[list[floa
     while any(isinstance(aim, Window) for row in aims for aim in row):
         tallies = [_Tally(row) for row in aims]
         windows = [[search.window for search in tally.searches] for tally in tallies]
-        for runs in stacks.map(partial(_measure, rows=rows, windows=windows)):
-            for tally, part in zip(tallies * (len(runs) // len(tallies)), runs, strict=True):
+        for parts in stacks.map(partial(_measure, rows=rows, windows=windows)):
+            for tally, part in zip(tallies, parts, strict=False):  # none of a stack without elements
                 tally.add(part)
         aims = [tally.look_up(ranks, bits) for tally in tallies]
     return [[aim for aim in row if not isinstance(aim, Window)] for row in aims]
@@ -138,13 +138,9 @@ class _Tally:
 
 
 def _measure(stack: Stack, rows: Rows, windows: Sequence[Sequence[Window]]) -> list[_Part]:
-    """What there is to note, run by run, of one model after the other."""
-    return [
-        _part(run.name, row.numpy(force=True), of_model)
-        for run in stack.runs()
-        if run.base.numel()
-        for row, of_model in zip(rows(run), windows, strict=True)
-    ]
+    """What there is to note of each model."""
+    pairs = zip(rows(stack), windows, strict=True) if stack.base.numel() else ()
+    return [_part(stack.name, row.reshape(-1).numpy(force=True), of_model) for row, of_model in pairs]
 
 
 def _part(name: str, numbers: Array, windows: Iterable[Window]) -> _Part:

@@ -104,12 +104,6 @@ class PCBConfig(MergeMethod):
         return Survey(sizes, [Range(*pair) for pair in ends])
 
     def merge(self, stack: Stack, survey: Survey) -> Tensor:
-        return torch.cat([self._merged(run, survey) for run in stack.runs()]).view_as(stack.base)
-
-    def facts(self, survey: Survey) -> dict[str, Any]:
-        return {name: [[*ends] for ends in of] for name, of in survey._asdict().items()}
-
-    def _merged(self, stack: Stack, survey: Survey) -> Tensor:  # (size,)
         deltas = [*self._deltas(stack)]
         scores = self._scores(deltas, survey.sizes)
         shares = [ends.normalize_(score) for ends, score in zip(survey.scores, scores, strict=True)]
@@ -117,6 +111,9 @@ class PCBConfig(MergeMethod):
         kept = zip(survey.sizes, deltas, shares, strict=True)
         terms = (ends.clip(delta).mul_(share) for ends, delta, share in kept)
         return weighted_sum(stack.weights, terms).div_(total).mul_(self.scale).add_(stack.base)
+
+    def facts(self, survey: Survey) -> dict[str, Any]:
+        return {name: [[*ends] for ends in of] for name, of in survey._asdict().items()}
 
     def _deltas(self, stack: Stack) -> Iterator[Tensor]:  # n times (size,)
         for i, delta in enumerate(stack.deltas.unbind()):
