@@ -39,16 +39,17 @@ class Window(NamedTuple):
         return self.start + (self.bins << self.shift)
 
     def place(self, numbers: Array) -> tuple[int, Array]:
-        """How many numbers precede the window, and the bins of those in it."""
+        """How many numbers precede the window, and the bins of those in it, or how many they are if it has one bin."""
         if not self.bins:
-            return 0, np.empty(0, np.int64)
+            return 0, np.empty(0, np.int32)
         low, high = (_at_least(key, numbers.dtype) for key in (self.start, self.stop))
         reached = numbers >= low
         inside = reached > (numbers >= high)
         before = numbers.size - int(np.count_nonzero(reached))
         if self.bins == 1:  # as around a frequent number, such as the 0 of what was not trained
-            return before, np.zeros(np.count_nonzero(inside), np.int64)
-        return before, (_keys(numbers.compress(inside)) >> self.shift) - (self.start >> self.shift)
+            return before, np.array([np.count_nonzero(inside)])
+        bins = (_keys(numbers.compress(inside)) >> self.shift) - (self.start >> self.shift)
+        return before, bins.astype(np.int32)
 
     def narrowed(self, chosen: int, shift: int) -> "Window":
         """One of the bins, divided anew."""
@@ -81,7 +82,7 @@ class _Part(NamedTuple):
     low: float
     high: float
     fp32: bool
-    places: list[tuple[int, Array]]  # for each rank: how many precede its window, the bins of those in it
+    places: list[tuple[int, Array]]  # in the window of each rank
 
 
 class _Search:
@@ -95,7 +96,10 @@ class _Search:
 
     def add(self, before: int, bins: Array) -> None:
         self.before += before
-        np.add.at(self.counts, bins, 1)
+        if self.window.bins == 1:
+            self.counts += bins
+        else:
+            np.add.at(self.counts, bins, 1)
 
     def bin_of(self, rank: int) -> int | None:
         """The bin that holds a rank, if it is in the window."""
