@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_modular.merging.assembly._tokenizers import Tokenizer, save_tokenizer
 from hf_modular.merging.recipes._chat_templates import NAMED, is_template
+from hf_modular.merging.sources._dotted import changed
 from hf_modular.merging.sources._sources import CONFIG, MODEL_FILES, PROCESSING_FILES, files, read_object
 
 GENERATION = "generation_config.json"
@@ -42,7 +43,7 @@ class Beside:
             shutil.copyfile(path, target / path.name)
         for name, changes in {CONFIG: self.config, GENERATION: self.generation}.items():
             if changes and (target / name).is_file():
-                _write_object(target / name, read_object(target / name) | dict(changes))
+                _write_object(target / name, changed(read_object(target / name), changes))
         if self.united is not None:
             save_tokenizer(self.united, target)
         if self.chat_template is not None:

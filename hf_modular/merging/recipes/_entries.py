@@ -1,4 +1,4 @@
-"""The parts of a recipe: models, slices of layers, and whose tokenizer with which tokens."""
+"""The parts of a recipe: models, slices of layers, modules, and whose tokenizer with which tokens."""
 
 from typing import Any, Literal
 
@@ -31,10 +31,15 @@ class WithAdapter(Strict):
         return {key: value for key, value in data.items() if key != "adapter"} | {"model": f"{model}+{adapter}"}
 
 
-class ModelEntry(WithAdapter):
-    """One of the models to merge."""
+class PlainEntry(WithAdapter):
+    """One of the models to merge, by its weights alone."""
 
     parameters: dict[str, Any] = Field(default={}, description="The settings of this model, such as `weight`.")
+
+
+class ModelEntry(PlainEntry):
+    """One of the models to merge."""
+
     fisher: str | None = Field(
         default=None, min_length=1, description="A folder or repository with the model's Fisher information."
     )
@@ -70,6 +75,16 @@ class OutputSlice(Strict):
     sources: list[SliceSource] = Field(min_length=1, description="Layers of models, as many of each.")
     base_model: str | None = Field(default=None, min_length=1, description="The base of this slice, a source.")
     parameters: dict[str, Any] = Field(default={}, description="The settings in this slice.")
+
+
+class OutputModule(Strict):
+    """A part of the result, such as an encoder, merged in its own way."""
+
+    models: list[PlainEntry] = Field(default=[], min_length=1, description="The models to merge, in order.")
+    slices: list[OutputSlice] | None = Field(
+        default=None, min_length=1, description="The layers of the module, in order, in the place of `models`."
+    )
+    parameters: dict[str, Any] = Field(default={}, description="The settings in this module.")
 
 
 class TokenOrigin(Strict):

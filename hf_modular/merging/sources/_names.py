@@ -7,8 +7,10 @@ not part of the model, is asked only when the names differ.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from hf_modular.merging.sources._architecture import Architecture, architecture
+from hf_modular.merging.sources._dotted import changed
 from hf_modular.merging.sources._sources import Source
 
 
@@ -24,12 +26,34 @@ def agree(sources: Sequence[Source]) -> list[str]:
     return [*_notes(sources)]
 
 
-def known(source: Source) -> Architecture:
-    """What transformers knows of a source's architecture; nothing if the config is not that of its weights."""
+def known(source: Source, changes: Mapping[str, Any] | None = None) -> Architecture:
+    """What transformers knows of a source's architecture, by the names of its tensors.
+
+    Nothing if the config is not that of its weights.
+
+    Args:
+        changes: What the config would say differently.
+    """
+    if _counts_too_many(source):
+        return Architecture()
+    return architecture(changed(source.config, changes or {}), saved=is_as_saved(source))
+
+
+def is_as_saved(source: Source) -> bool:
+    """Whether names are those under which transformers saves the model, where these are others than in the model."""
+    if _counts_too_many(source):
+        return False
+    stored = source.weights.tensors.keys()
+    plain = architecture(source.config).shapes.keys()
+    return not stored <= plain and len(stored & architecture(source.config, saved=True).shapes.keys()) > len(
+        stored & plain
+    )
+
+
+def _counts_too_many(source: Source) -> bool:
+    """To build a model of a million layers takes hours."""
     layers = source.config.get("num_hidden_layers", 0)
-    if not isinstance(layers, int) or layers > len(source.weights.tensors):
-        return Architecture()  # to build a model of a million layers takes hours
-    return architecture(source.config)
+    return not isinstance(layers, int) or layers > len(source.weights.tensors)
 
 
 def _apply_facts(source: Source) -> Mapping[str, str]:

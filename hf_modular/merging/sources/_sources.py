@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_modular.checkpoints import INDEX, WEIGHTS, Checkpoint, TensorInfo, refuse_outside
 from hf_modular.merging.sources._computed import ComputedCheckpoint
+from hf_modular.merging.sources._dotted import changed
 from hf_modular.merging.sources._quantised import dequantised, quantisation
 
 CONFIG = "config.json"
@@ -203,12 +204,6 @@ def locate(reference: str, patterns: tuple[str, ...] | None = None) -> tuple[Pat
     if "+" in reference:
         raise ValueError(f"{reference} must be a model alone here, without an adapter")
     return _downloaded(name, revision, reference, patterns)
-
-
-def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A config with some keys changed, and those that are None left out."""
-    merged = config | changes
-    return {key: value for key, value in merged.items() if key not in changes or value is not None}
 
 
 def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
