@@ -62,7 +62,10 @@ def layer_stacks(source: Source) -> list[LayerStack]:
     """The stacks of layers of a model whose number the config gives, or the only one there is."""
     lengths = {stem: len(numbers) for stem, numbers in numbered(source.tensors).items()}
     counts = layer_counts(source.config, saved=is_as_saved(source)) if known(source).shapes else {}
-    if found := [LayerStack(stem, lengths[stem], *counts[stem]) for stem in counts if stem in lengths]:
+    in_order = numbered(known(source).shapes)
+    if found := [
+        LayerStack(stem, lengths[stem], *counts[stem]) for stem in in_order if stem in lengths.keys() & counts.keys()
+    ]:
         return found
     key = next((key for key in (known(source).layers_key, *_COUNTS) if key in _full_config(source)), "")
     wanted = _full_config(source).get(key)
