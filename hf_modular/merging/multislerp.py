@@ -27,7 +27,8 @@ class MultiSLERPConfig(GeometricMethod):
 
     normalize_weights: bool = field(default=True, metadata={"help": "Divide the weights by their sum."})
     eps: float = field(
-        default=1e-8, metadata={"help": "The length of their mean below which directions cancel out.", "law": "[0, inf)"}
+        default=1e-8,
+        metadata={"help": "The length of their mean below which directions cancel out.", "law": "[0, inf)"},
     )
 
     def coefficients(self, inner: Tensor, weights: Tensor) -> Tensor:  # (n, n) -> (n,)

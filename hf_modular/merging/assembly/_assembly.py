@@ -120,7 +120,8 @@ def assemble(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
             [], problems=[f"{method} cannot change heads or vocabularies: merge models that have the same"]
         )
     parts = [*found.parts, *head]
-    tied = any(name in part.plan for part in parts for name in reference.tied)
+    apart = {name for source in models.values() for name in (*source.tied, *source.untied)}
+    tied = any(name in part.plan for part in parts for name in apart)
     said = labels(reference, models[heads.kept or (recipe.reference_model if recipe.models else last.lead.model)])
     config = {**found.config, **vocabulary.config, **said, **({"tie_word_embeddings": False} if tied else {})}
     planned = {name: tensor for part in parts for name, tensor in part.plan.items()}

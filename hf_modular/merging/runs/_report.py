@@ -86,6 +86,8 @@ class MergeReport:
         words = [f"{found['tensors_compared']} tensors computed again"]
         if "loads" in found:
             words.append("loads in transformers")
+        if missing := found.get("missing_or_unexpected_as_in_the_reference"):
+            words.append(f"missing or left over as in the reference model: {', '.join(missing[:3])}")
         if adapter := found.get("adapter"):
             words.append(f"outputs within {adapter['largest_difference']:.2g} of the adapter's")
         return "; verified: " + ", ".join([*words, *(f"not {skipped}" for skipped in found.get("skipped", []))])

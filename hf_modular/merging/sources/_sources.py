@@ -54,6 +54,7 @@ class Source:
         commit: Of a repository.
         tied: Names that are not stored -> the stored name of the same tensor.
         left_out: Stored names that are not part of the model.
+        untied: Stored names of tensors that the config would tie to others, although they differ from them.
         pin: A reference that stays the same when a repository changes, where it is not made of the commit.
         changes: What its config must say differently from the file in the folder; None where a key must go.
         prepared_in: Where its tokenizer or processor is, if not in the folder.
@@ -69,6 +70,7 @@ class Source:
     commit: str | None = None
     tied: dict[str, str] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
+    untied: set[str] = field(default_factory=set)
     pin: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     prepared_in: Path | None = None
