@@ -250,6 +250,7 @@ def test_a_module_has_settings_of_its_own(tmp_path):
         torch.testing.assert_close(tensor, base[name] + scale * (one[name] - base[name]))
 
 
+@pytest.mark.filterwarnings("ignore:how to generate")  # which a model that judges does not say
 def test_a_head_comes_from_the_module_that_it_is_in(tmp_path):
     """The head of one model, which is of another kind than the other's, that gives the encoder alone."""
     [summing] = saved(tmp_path, bart(), "summing")

@@ -152,3 +152,73 @@ def test_a_tensor_that_the_reference_lacks_is_said(tmp_path):
     save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     report = merge({"merge_method": "passthrough", "models": [{"model": str(folder)}]}, tmp_path / "out", verify=True)
     assert "missing or left over as in the reference model: lm_head.weight" in report.summary()
+
+
+# --- what lies beside the weights ------------------------------------------------------------------------------------
+
+
+def notes_of(folder, *models, **more):
+    return "\n".join(merged(folder, *models, **more).notes)
+
+
+def test_a_chat_template_that_is_not_taken_over_is_noted(models, tmp_path):
+    other = changed(models[1], tmp_path / "other")
+    (other / "chat_template.jinja").write_text("{{ messages }}")
+    assert f"the chat template of {other} is not taken over, the result has none" in notes_of(
+        tmp_path / "out", models[0], other
+    )
+    assert "chat template of" not in notes_of(tmp_path / "chosen", models[0], other, chat_template=str(other))
+    assert "chat template of" not in notes_of(tmp_path / "first", other, models[1])
+
+
+def test_other_ends_of_texts_are_noted(models, tmp_path):
+    other = changed(models[1], tmp_path / "other")
+    (other / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 5], "transformers_version": "4"}))
+    notes = notes_of(tmp_path / "out", models[0], other)
+    assert f"how to generate is not taken over from {other}: the result has `eos_token_id` 2, not [2, 5]" in notes
+
+
+def test_a_tokenizer_that_is_not_taken_over_is_noted(models, tmp_path):
+    other = changed(models[1], tmp_path / "other")
+    (other / "tokenizer_config.json").write_text("{}")
+    assert f"no tokenizer or processor, but {other} has one" in notes_of(tmp_path / "out", models[0], other)
+
+
+# --- what a recipe says to no effect ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("filter", ["q_prj", "lm_head"])
+def test_a_filter_that_fits_nothing_is_noted(filter, models, tmp_path):
+    """Such as a mistyped one, or one for a head that is tied and not there."""
+    weight = [{"filter": filter, "value": 0}, {"filter": "mlp", "value": 0.5}, {"value": 1}]
+    notes = notes_of(tmp_path / "out", *models, parameters={"weight": weight})
+    assert f"the filter {filter!r} fits the name of no tensor" in notes
+    assert "'mlp'" not in notes
+
+
+def test_keys_without_a_value_are_as_good_as_none(models, tmp_path):
+    entries = [{"model": str(model), "parameters": None} for model in models]
+    empty = dict.fromkeys(["parameters", "slices", "modules", "dtype", "tokenizer", "seed", "vocab", "heads"])
+    merge({"merge_method": "linear", "models": entries, **empty}, tmp_path / "out", progress=False)
+    with pytest.raises(ValueError, match="there is no such key"):
+        merge({"merge_method": "linear", "models": entries, "modul": None}, tmp_path / "other", progress=False)
+
+
+def test_buffers_of_old_checkpoints_are_no_part_of_a_model(models, tmp_path):
+    buffer = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(2)}
+    old = changed(models[0], tmp_path / "old", tensors=buffer)
+    for i, pair in enumerate([(old, models[1]), (models[1], old)]):
+        assert "rotary_emb.inv_freq" in notes_of(tmp_path / f"out{i}", *pair)
+        assert tensors(tmp_path / f"out{i}").keys() == tensors(models[1]).keys()
+
+
+def test_tokens_of_other_numbers_are_refused_or_noted(models, tmp_path):
+    given = []
+    for i, (model, words) in enumerate(zip(models, ("abc", "acb"), strict=True)):
+        given.append(changed(model, tmp_path / f"of{i}"))
+        vocabulary = {word: number for number, word in enumerate(words)}
+        content = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "a"}}
+        (given[-1] / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="must give a token the same number, but 2 of 3"):
+        merged(tmp_path / "out", *given)
+    assert "rows of different tokens were merged" in notes_of(tmp_path / "out", *given, vocab="pad")

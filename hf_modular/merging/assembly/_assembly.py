@@ -25,6 +25,8 @@ from hf_modular.merging.sources._dotted import at
 from hf_modular.merging.sources._names import agree, known
 from hf_modular.merging.sources._sources import Source
 
+_TIED = "tie_word_embeddings"
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -123,11 +125,18 @@ def assemble(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
     apart = {name for source in models.values() for name in (*source.tied, *source.untied)}
     tied = any(name in part.plan for part in parts for name in apart)
     said = labels(reference, models[heads.kept or (recipe.reference_model if recipe.models else last.lead.model)])
-    config = {**found.config, **vocabulary.config, **said, **({"tie_word_embeddings": False} if tied else {})}
+    config = {**found.config, **vocabulary.config, **said, **({_TIED: False} if tied else {})}
     planned = {name: tensor for part in parts for name, tensor in part.plan.items()}
     problems = [*vocabulary.problems, *heads.problems, *found.problems]
     problems += [] if problems else [*misfits(planned, reference, config)]
-    return Assembly(parts, [*notes, *vocabulary.notes], problems, config, vocabulary.tokenizer)
+    notes += [*vocabulary.notes, *_idle_filters(recipe, planned)]
+    return Assembly(parts, notes, problems, config, vocabulary.tokenizer)
+
+
+def _idle_filters(recipe: MergeRecipe, names: Collection[str]) -> Iterator[str]:
+    for wanted in dict.fromkeys(text for section in recipe.sections for text in section.settings.filters):
+        if names and not any(wanted in name for name in names):
+            yield f"the filter {wanted!r} fits the name of no tensor: what it is to set is not set"
 
 
 def _last(recipe: MergeRecipe, reference: Source) -> Section:
@@ -184,7 +193,8 @@ def misfits(plan: Mapping[str, TensorLike], reference: Source, changes: Mapping[
         yield f"transformers cannot make a model of the result, whose config would say {changes}"
         return
     for key, value in changes.items():
-        if None not in (value, at(before.config, key)) and (read := at(after.config, key)) != value:
+        told = key != _TIED and None not in (value, at(before.config, key))  # some models ignore what is said of ties
+        if told and (read := at(after.config, key)) != value:
             yield f"the config of the result must say `{key}` is {value}, but transformers would make it {read}"
     usual = before.shapes.keys() - reference.tensors.keys()  # buffers, and what is tied
     for name in plan.keys() | (after.shapes.keys() - usual - after.tied.keys()):

@@ -11,6 +11,14 @@ COMPANIONS = ("fisher", "forget", "activations", "state")
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        """A key without a value is as good as none."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+
 
 class WithAdapter(Strict):
     """What names a model: `model: base+adapter`, or `adapter` as a key beside `model`."""

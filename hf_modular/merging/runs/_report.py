@@ -90,6 +90,7 @@ class MergeReport:
             words.append(f"missing or left over as in the reference model: {', '.join(missing[:3])}")
         if adapter := found.get("adapter"):
             words.append(f"outputs within {adapter['largest_difference']:.2g} of the adapter's")
+            words += [] if adapter["adapter_effect"] else ["the adapter changes none of them"]
         return "; verified: " + ", ".join([*words, *(f"not {skipped}" for skipped in found.get("skipped", []))])
 
     @classmethod

@@ -29,7 +29,7 @@ from hf_modular.merging.engine._processes import Processes, processes
 from hf_modular.merging.engine._workers import Workers
 from hf_modular.merging.recipes._recipe import MergeRecipe
 from hf_modular.merging.recipes._settings import Resolved
-from hf_modular.merging.runs._configs import config_notes, layout_problems
+from hf_modular.merging.runs._configs import beside_notes, config_notes, layout_problems
 from hf_modular.merging.runs._descent import distances, strangers
 from hf_modular.merging.runs._one_by_one import one_by_one
 from hf_modular.merging.runs._report import RECIPE, MergeReport, describe, peak_memory, versions
@@ -244,6 +244,7 @@ class _Job:
             *dict.fromkeys(note for engine in engines for note in engine.notes),
             *(note for engine in engines for note in without(engine.plan, engine.companions)),
             *config_notes(self.reference, self.models),
+            *beside_notes(self.beside, self.models, chosen=self.recipe.chat_template is not None),
             *_code_notes(self.reference),
         ]
 

@@ -100,7 +100,7 @@ def _architecture(config: str, saved: bool) -> Architecture:
     return Architecture(
         shapes=shapes,
         tied={new: names.get(b, [b])[0] for a, b in model.all_tied_weights_keys.items() for new in names.get(a, [a])},
-        ignored=sorted(model._keys_to_ignore_on_load_unexpected or []),
+        ignored=sorted(_ignored(model)),
         backbone="" if saved else prefix,
         head=frozenset(new for name in names.keys() - inside for new in names[name] if saved and inside),
         vocabulary=frozenset(new for name in vocabulary for new in names[name]),
@@ -160,6 +160,12 @@ def _vocabulary(
         return frozenset(), key
     [(place, names)] = found.items()
     return names, place
+
+
+def _ignored(model: Any) -> set[str]:
+    """Patterns of names that old checkpoints have and transformers passes over when it loads them."""
+    rotary = any(name.endswith("rotary_emb.inv_freq") for name, _ in model.named_buffers())
+    return {*(model._keys_to_ignore_on_load_unexpected or ()), *([r"rotary_emb\.inv_freq"] if rotary else [])}
 
 
 def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
