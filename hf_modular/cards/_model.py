@@ -127,16 +127,25 @@ def read_recipe(artifact: Artifact) -> dict[str, Any]:
 
 def _parents(recipe: Mapping[str, Any], report: Mapping[str, Any], lookup: Lookup) -> Iterator[Parent]:
     """The base and the models, each once."""
-    weights: dict[str, str] = {}
-    if base := recipe.get("base_model"):
-        weights[str(base)] = "base"
-    sliced = [source for part in recipe.get("slices") or [] for source in part["sources"]]
-    for entry in recipe.get("models") or sliced:
-        settings = (recipe.get("parameters") or {}) | (entry.get("parameters") or {})
-        weights.setdefault(str(entry["model"]), code(settings["weight"]) if "weight" in settings else "default")
+    base = str(recipe.get("base_model") or "")
+    given = {base: ["base"]} if base else {}
+    for model, weight in _weights(recipe, {}):
+        if model != base and weight not in given.setdefault(model, []):  # several of them in slices and modules
+            given[model].append(weight)
+    weights = {model: ", ".join(several) for model, several in given.items()}
     inputs = {entry["model"]: entry.get("files") or {} for entry in report.get("inputs") or []}
     for part, (weight, files) in _by_part(weights, inputs).items():
         yield Parent(part, weight, trace(*split_reference(part), lookup), files)
+
+
+def _weights(recipe: Mapping[str, Any], shared: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """The models of a recipe, of its slices and of its modules, each with its weight there."""
+    shared = {**shared, **(recipe.get("parameters") or {})}
+    for entry in [*(recipe.get("models") or []), *(recipe.get("sources") or [])]:
+        settings = shared | (entry.get("parameters") or {})
+        yield str(entry["model"]), code(settings["weight"]) if "weight" in settings else "default"
+    for part in [*(recipe.get("slices") or []), *(recipe.get("modules") or {}).values()]:
+        yield from _weights(part, shared)
 
 
 def _by_part(

@@ -26,6 +26,10 @@ class MultiSLERPConfig(GeometricMethod):
     base_model: ClassVar[Literal["required", "optional", "unused"]] = "optional"
 
     normalize_weights: bool = field(default=True, metadata={"help": "Divide the weights by their sum."})
+    eps: float = field(
+        default=1e-8,
+        metadata={"help": "The length of their mean below which directions cancel out.", "law": "[0, inf)"},
+    )
 
     def coefficients(self, inner: Tensor, weights: Tensor) -> Tensor:  # (n, n) -> (n,)
         if self.normalize_weights:
@@ -33,4 +37,4 @@ class MultiSLERPConfig(GeometricMethod):
         length = lengths(inner)
         mean = torch.where(length > 0, weights / length, 0)
         norm = (mean @ inner @ mean).clamp(min=0).sqrt()
-        return mean * (weights @ length) / norm if norm >= 1e-8 else weights
+        return mean * (weights @ length) / norm if norm > 0 and norm >= self.eps else weights

@@ -13,6 +13,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import tiny_mistrals as tiny
+import tiny_modular as modular
 import torch
 import yaml
 from mergekit.config import MergeConfiguration
@@ -28,7 +29,7 @@ def local(content, folder):
         return {key: local(value, folder) for key, value in content.items()}
     if isinstance(content, list):
         return [local(part, folder) for part in content]
-    return str(folder / content) if content in tiny.NAMES else content
+    return str(folder / content) if content in (*tiny.NAMES, *modular.NAMES) else content
 
 
 def main():
@@ -38,12 +39,14 @@ def main():
         folder = Path(name)
         for model in tiny.NAMES:
             tiny.write(model, folder / model)
-        for path in sorted(tiny.RECIPES.glob("*.yml")):
-            if path.stem in RANDOM:
-                continue
-            recipe = local(yaml.safe_load(path.read_text()), folder)
-            run_merge(MergeConfiguration.model_validate(recipe), str(folder / path.stem), MergeOptions(quiet=True))
-            results[path.stem] = result(folder / path.stem)
+        for model in modular.NAMES:
+            modular.write(model, folder / model)
+        recipes = {path.stem: yaml.safe_load(path.read_text()) for path in sorted(tiny.RECIPES.glob("*.yml"))}
+        recipes |= {title: modular.recipe(modules) for title, modules in modular.CASES.items()}
+        for title in recipes.keys() - RANDOM:
+            recipe = local(recipes[title], folder)
+            run_merge(MergeConfiguration.model_validate(recipe), str(folder / title), MergeOptions(quiet=True))
+            results[title] = result(folder / title)
     file = Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent / "mergekit_recipes.safetensors"
     save_file(results, file, metadata={"mergekit": version("mergekit")})
 

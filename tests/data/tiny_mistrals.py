@@ -67,6 +67,11 @@ def tokenizer(name):
     }
 
 
+def tokenizer_files(name):
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>"}
+    return {"tokenizer.json": tokenizer(name), "tokenizer_config.json": settings | {"eos_token": "</s>"}}
+
+
 def write(name, folder):
     """A checkpoint that transformers loads."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -85,13 +90,9 @@ def write(name, folder):
         "eos_token_id": 2,
         "torch_dtype": "float32",
     }
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>", "bos_token": "<s>"}
-    for file, content in {
-        "config.json": config,
-        "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2},
-        "tokenizer.json": tokenizer(name),
-        "tokenizer_config.json": settings | {"eos_token": "</s>"},
-    }.items():
+    generation = {"bos_token_id": 1, "eos_token_id": 2}
+    held = {"config.json": config, "generation_config.json": generation, **tokenizer_files(name)}
+    for file, content in held.items():
         (folder / file).write_text(json.dumps(content))
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -99,6 +100,6 @@ def write(name, folder):
 def flat(tensors, vocabulary):
     """A result as one vector: the tensors by their names, the embeddings by their tokens."""
     rows = torch.tensor([row for _, row in sorted(vocabulary.items())])
-    wide = {"model.embed_tokens.weight", "lm_head.weight"}
+    wide = {"model.embed_tokens.weight", "lm_head.weight", "shared.weight"}
     ordered = (tensor[rows] if name in wide else tensor for name, tensor in sorted(tensors.items()))
     return torch.cat([tensor.flatten().float() for tensor in ordered])

@@ -13,7 +13,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from hf_modular.merging import MergeRecipe, MergeReport, merge
 
@@ -26,15 +26,16 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 sys.path.insert(0, str(DATA))
 import tiny_mistrals as tiny  # noqa: E402  # found only now
+import tiny_modular as modular  # noqa: E402
 
 
 @pytest.fixture(scope="module", autouse=True)
 def hub_cache(tmp_path_factory):
     """The cache of the Hub with small models under the names of large ones, and no Hub."""
     cache = tmp_path_factory.mktemp("hub")
-    for name in tiny.NAMES:
+    for name in (*tiny.NAMES, *modular.NAMES):
         folder = cache / f"models--{name.replace('/', '--')}"
-        tiny.write(name, folder / "snapshots" / COMMIT)
+        (modular if name in modular.NAMES else tiny).write(name, folder / "snapshots" / COMMIT)
         (folder / "refs").mkdir()
         (folder / "refs" / "main").write_text(COMMIT)
     with pytest.MonkeyPatch.context() as patch:
@@ -53,11 +54,16 @@ def merged(request, tmp_path_factory):
 
 def test_the_result_loads(merged):
     path, folder = merged
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer("abcda", return_tensors="pt")
-    assert torch.isfinite(model(**ids).logits).all()
-    recipe = MergeRecipe.load(path)
-    assert len(model.model.layers) == sum(part.layers or tiny.LAYERS for part in recipe.sections)
+    recipe, tokenizer = MergeRecipe.load(path), AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer("abcda", return_tensors="pt")["input_ids"]
+    if recipe.modules:
+        model = AutoModelForSeq2SeqLM.from_pretrained(folder)
+        assert torch.isfinite(model(input_ids=ids, decoder_input_ids=ids).logits).all()
+        assert (len(model.encoder.block), len(model.decoder.block)) == (16, 12)
+    else:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        assert torch.isfinite(model(ids).logits).all()
+        assert len(model.model.layers) == sum(part.layers or tiny.LAYERS for part in recipe.sections)
     assert str(model.dtype) == f"torch.{recipe.result_dtype}"
     assert model.config.vocab_size == len(tokenizer)
 
@@ -70,6 +76,14 @@ def test_the_numbers_are_mergekits(merged):
     vocabulary = AutoTokenizer.from_pretrained(folder).get_vocab()
     found = tiny.flat(load_file(folder / "model.safetensors"), vocabulary)
     torch.testing.assert_close(found, ORACLES[path.stem], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("title", modular.CASES)
+def test_modules_are_those_of_mergekit(title, tmp_path):
+    merge(modular.recipe(modular.CASES[title]), tmp_path / "out", progress=False, verify=True)
+    vocabulary = AutoTokenizer.from_pretrained(tmp_path / "out").get_vocab()
+    found = tiny.flat(load_file(tmp_path / "out" / "model.safetensors"), vocabulary)
+    torch.testing.assert_close(found, ORACLES[title], rtol=1e-6, atol=1e-6)
 
 
 def test_commits_are_noted(merged):

@@ -104,8 +104,8 @@ def test_slices():
         }
     )
     first, second = recipe.sections
-    assert (first.base, first.models, first.layers) == (("base", 0), [("a", 1), ("b", 0)], 2)
-    assert (second.base, second.models, second.layers) == (("c", 7), [("d", 7)], 1)
+    assert (first.base, first.models, first.layers) == (("base", 0, 0), [("a", 1, 1), ("b", 0, 2)], 2)
+    assert (second.base, second.models, second.layers) == (("c", 7, 1), [("d", 7, 0)], 1)
     assert first.settings.at("mlp.w", 0.5).weights == (0.25, 0.5)
     assert first.settings.at("attn.w", 0.5).weights == (0.25, 0.75)
     assert first.settings.at("w", 0).method == TaskArithmeticConfig(scale=0.5)
@@ -215,10 +215,13 @@ REFUSED = {
     "seed of truth": (GOOD + "seed: true\n", "line 17, seed"),
     "slices and models": (
         "merge_method: linear\nmodels: [{model: a}]\nslices: [{sources: [{model: a, layer_range: [0, 1]}]}]\n",
-        "line 2, models: give `models` or `slices`, not both",
+        "line 2, models: give one of `models`, `slices` and `modules`, not models and slices",
     ),
     "no slices": ("merge_method: linear\nslices: []\n", "line 2, slices: List should have at least 1 item"),
-    "modules": ("merge_method: linear\nmodules: {}\nmodels: [{model: a}]\n", "line 2, modules: merging the modules"),
+    "modules": (
+        "merge_method: linear\nmodules: {}\nmodels: [{model: a}]\n",
+        "line 2, modules: Dictionary should have at least 1 item",
+    ),
     "empty range": (SLICES.replace("[0, 4]", "[4, 4]"), "line 5, slices[0].sources[0].layer_range: must be [first"),
     "negative range": (SLICES.replace("[0, 4]", "[-1, 3]"), "but is [-1, 3]"),
     "half a range": (SLICES.replace("[0, 4]", "[4]"), "line 5, slices[0].sources[0].layer_range"),

@@ -1,6 +1,6 @@
 """What the result is made of: for each part of its tensors the models, the settings, and the names in the models."""
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -11,17 +11,21 @@ from torch import Tensor
 from hf_modular import merging
 from hf_modular.checkpoints import TensorInfo
 from hf_modular.merging._method import MergeMethod
-from hf_modular.merging.assembly._heads import Heads, choose_head, labels
-from hf_modular.merging.assembly._layers import LayerStack, Place, before_and_after, layer_stack, stacked_config
+from hf_modular.merging.assembly._heads import Heads, choose_head, head_names, labels
+from hf_modular.merging.assembly._layers import Piece, Place, before_and_after, stacked_config
+from hf_modular.merging.assembly._modules import Module, module_named, modules, spelled
 from hf_modular.merging.assembly._tokenizers import Tokenizer
 from hf_modular.merging.assembly._vocabulary import one_vocabulary
 from hf_modular.merging.engine._engine import Inputs
 from hf_modular.merging.engine._preflight import TensorLike
-from hf_modular.merging.recipes._recipe import Column, MergeRecipe, Section
+from hf_modular.merging.recipes._recipe import MergeRecipe
+from hf_modular.merging.recipes._sections import Column, Section
 from hf_modular.merging.recipes._settings import Resolved, depths
-from hf_modular.merging.sources._architecture import architecture
+from hf_modular.merging.sources._dotted import at
 from hf_modular.merging.sources._names import agree, known
 from hf_modular.merging.sources._sources import Source
+
+_TIED = "tie_word_embeddings"
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,16 +104,17 @@ class Renamed:
 
 def assemble(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
     """What a recipe makes of its open models."""
-    columns = (column for section in recipe.sections for column in _columns(section))
+    columns = (column for section in recipe.sections for column in section.columns)
     named = dict.fromkeys([recipe.reference_model, *(column.model for column in columns)])
     models = {name: sources[name] for name in named}
     reference = models[recipe.reference_model]
     notes = agree([*models.values()])
     vocabulary = one_vocabulary(recipe, models)
-    tail = {name: models[name] for name in _of_the_head(recipe)}
+    last = _last(recipe, reference)
+    tail = {name: models[name] for name in _of_the_head(recipe, last)}
     heads = choose_head(recipe, tail, vocabulary.models)
     views = {name: _without(view, heads.names) for name, view in vocabulary.models.items()}
-    found = (_stacked if recipe.slices is not None else _whole)(recipe, models, views)
+    found = (_whole if recipe.models else _modular)(recipe, models, views)
     head = [_head(recipe, heads, vocabulary.models[heads.kept])] if heads.kept else []
     if recipe.method.one_by_one and (head or views != models):
         method = repr(recipe.merge_method)
@@ -117,24 +122,38 @@ def assemble(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
             [], problems=[f"{method} cannot change heads or vocabularies: merge models that have the same"]
         )
     parts = [*found.parts, *head]
-    tied = any(name in part.plan for part in parts for name in reference.tied)
-    last = _lead(recipe.sections[-1]).model if recipe.slices else recipe.reference_model
-    said = labels(reference, models[heads.kept or last])
-    config = {**found.config, **vocabulary.config, **said, **({"tie_word_embeddings": False} if tied else {})}
+    apart = {name for source in models.values() for name in (*source.tied, *source.untied)}
+    tied = any(name in part.plan for part in parts for name in apart)
+    said = labels(reference, models[heads.kept or (recipe.reference_model if recipe.models else last.lead.model)])
+    config = {**found.config, **vocabulary.config, **said, **({_TIED: False} if tied else {})}
     planned = {name: tensor for part in parts for name, tensor in part.plan.items()}
     problems = [*vocabulary.problems, *heads.problems, *found.problems]
     problems += [] if problems else [*misfits(planned, reference, config)]
-    return Assembly(parts, [*notes, *vocabulary.notes], problems, config, vocabulary.tokenizer)
+    notes += [*vocabulary.notes, *_idle_filters(recipe, planned)]
+    return Assembly(parts, notes, problems, config, vocabulary.tokenizer)
 
 
-def _of_the_head(recipe: MergeRecipe) -> list[str]:
+def _idle_filters(recipe: MergeRecipe, names: Collection[str]) -> Iterator[str]:
+    for wanted in dict.fromkeys(text for section in recipe.sections for text in section.settings.filters):
+        if names and not any(wanted in name for name in names):
+            yield f"the filter {wanted!r} fits the name of no tensor: what it is to set is not set"
+
+
+def _last(recipe: MergeRecipe, reference: Source) -> Section:
+    """What gives the head: the last section, or of modules the last one of that which the head is in."""
+    if recipe.modules:
+        head = head_names(reference, reference.tensors)
+        with_head = [module for module in modules(reference, recipe.modules) if head & {*module.outside}]
+        found = [section for section in recipe.sections if any(section.module in module.names for module in with_head)]
+        return (found or recipe.sections)[-1]
+    return recipe.sections[-1]
+
+
+def _of_the_head(recipe: MergeRecipe, last: Section) -> list[str]:
     """The models of which one or all give the head, the reference first."""
     chosen = [] if recipe.heads in ("error", "base") else [recipe.heads]
-    return [*dict.fromkeys([*_reference(recipe), *chosen, *(c.model for c in _columns(recipe.sections[-1]))])]
-
-
-def _reference(recipe: MergeRecipe) -> list[str]:
-    return [recipe.reference_model] if recipe.slices is None or recipe.heads != "error" else []
+    first = [recipe.reference_model] if recipe.models or recipe.heads != "error" else []
+    return [*dict.fromkeys([*first, *chosen, *(column.model for column in last.columns)])]
 
 
 def _without(model: Inputs, names: Collection[str]) -> Inputs:
@@ -169,10 +188,14 @@ def misfits(plan: Mapping[str, TensorLike], reference: Source, changes: Mapping[
     before = known(reference)
     if not reference.tensors.keys() <= before.shapes.keys():
         return
-    after = architecture({**reference.config, **changes})
+    after = known(reference, changes)
     if not after.shapes:
         yield f"transformers cannot make a model of the result, whose config would say {changes}"
         return
+    for key, value in changes.items():
+        told = key != _TIED and None not in (value, at(before.config, key))  # some models ignore what is said of ties
+        if told and (read := at(after.config, key)) != value:
+            yield f"the config of the result must say `{key}` is {value}, but transformers would make it {read}"
     usual = before.shapes.keys() - reference.tensors.keys()  # buffers, and what is tied
     for name in plan.keys() | (after.shapes.keys() - usual - after.tied.keys()):
         planned = tuple(plan[name].shape) if name in plan else "no shape"
@@ -188,32 +211,56 @@ def _plan(tensors: Mapping[str, TensorLike], recipe: MergeRecipe) -> dict[str, T
     }
 
 
-def _stacked(recipe: MergeRecipe, models: Mapping[str, Source], views: Mapping[str, Inputs]) -> Assembly:
-    """Slices of layers, one behind the other; what is outside the layers comes from the first and the last slice."""
-    stacks, problems = _stacks(models.values())
-    problems += [] if problems else [*_range_problems(recipe, stacks)]
+def _modular(recipe: MergeRecipe, models: Mapping[str, Source], views: Mapping[str, Inputs]) -> Assembly:
+    """Each module of the model from its own models, or from slices of their layers, one behind the other."""
+    cut, problems = _cut(recipe, models)
+    problems += [] if problems else [*_range_problems(recipe, cut)]
     if problems:
         return Assembly([], problems=problems)
-    slicer = _Slicer(recipe, models, views, stacks)
-    leads = [(models[_lead(section).model], _lead(section).first, section.layers or 0) for section in recipe.sections]
-    config, problems = stacked_config(leads)
-    return Assembly([slicer.part(i) for i in range(len(recipe.sections))], problems=problems, config=config)
+    slicers = [
+        _Slicer(recipe, models, views, there, [s for s in recipe.sections if s.module == name])
+        for name, there in cut.items()
+    ]
+    config: dict[str, Any] = {}
+    for slicer in slicers:
+        changes, found = slicer.config()
+        config |= changes
+        problems += found
+    return Assembly([part for slicer in slicers for part in slicer.parts()], problems=problems, config=config)
 
 
 @dataclass(frozen=True)
 class _Slicer:
+    """One module of the result: slices of its layers; what is outside them comes from the first and the last slice."""
+
     recipe: MergeRecipe
     models: Mapping[str, Source]
     views: Mapping[str, Inputs]
-    stacks: Mapping[str, LayerStack]
+    cut: Mapping[str, Module]  # of each model
+    sections: Sequence[Section]
+
+    def parts(self) -> list[Part]:
+        return [self.part(i) for i in range(len(self.sections))]
+
+    def config(self) -> tuple[dict[str, Any], list[str]]:
+        """What the config of the reference model must say of the layers; and what is wrong with it."""
+        reference, result = self.models[self.recipe.reference_model], self.cut[self.recipe.reference_model].stack
+        if result is None or not reference.config:
+            return {}, []
+        pieces = [
+            Piece(self.models[section.lead.model], stack, section.lead.first, self._count(i))
+            for i, section in enumerate(self.sections)
+            if (stack := self.cut[section.lead.model].stack)
+        ]
+        return stacked_config(pieces, reference, result)
 
     def part(self, index: int) -> Part:
-        section = self.recipe.sections[index]
-        lead = self._renamed(_lead(section), index)
+        section = self.sections[index]
+        lead = self._renamed(section.lead, index)
         plan = _plan(lead.tensors, self.recipe)
-        first, last = self._first(index), (section.layers or 0) - 1
-        result = self.stacks[self.recipe.reference_model]
-        places = {name: place for name in plan if (place := result.place(name))}
+        first, last = self._first(index), self._count(index) - 1
+        result = self.cut[self.recipe.reference_model].stack
+        places = {name: place for name in plan if result and (place := result.place(name))}
         depth = {name: (place.layer - first) / last if last else 1.0 for name, place in places.items()}
         return Part(
             plan=plan,
@@ -224,51 +271,80 @@ class _Slicer:
             fallback=self.recipe.method,
         )
 
+    def _count(self, index: int) -> int:
+        """How many layers a section has."""
+        section = self.sections[index]
+        return self.cut[section.lead.model].layers if section.layers is None else section.layers
+
     def _first(self, index: int) -> int:
-        """The number of a slice's first layer in the result."""
-        return sum(section.layers or 0 for section in self.recipe.sections[:index])
+        """The number of a section's first layer in the result."""
+        return sum(map(self._count, range(index)))
 
     def _renamed(self, column: Column, index: int) -> Renamed:
-        """What a model gives to a slice, under the names of the result."""
-        view, count = self.views[column.model], self.recipe.sections[index].layers or 0
-        own, result = self.stacks[column.model], self.stacks[self.recipe.reference_model]
+        """What a model gives to a section, under the names of the result."""
+        view, count = self.views[column.model], self._count(index)
+        own, result = self.cut[column.model].stack, self.cut[self.recipe.reference_model].stack
         names = {name: name for name in self._outside(column.model, index) if name in view.tensors}
         for name in view.tensors:
-            place = own.place(name)
-            if place and 0 <= (inner := place.layer - column.first) < count:
+            place = own.place(name) if own else None
+            if place and result and 0 <= (inner := place.layer - column.first) < count:
                 names[result.name(Place(self._first(index) + inner, place.rest))] = name
         return Renamed(view, names)
 
     def _outside(self, model: str, index: int) -> list[str]:
-        """What a model gives to a slice of the tensors outside the layers."""
-        before, after = before_and_after(self.models[model], self.stacks[model])
-        first, last = index == 0, index == len(self.recipe.sections) - 1
+        """What a model gives to a section of the tensors outside the layers."""
+        module = self.cut[model]
+        if module.stack is None:
+            return [*module.outside]
+        before, after = before_and_after(self.models[model], module.stack, module.outside)
+        first, last = index == 0, index == len(self.sections) - 1
         return [*(before if first else []), *(after if last else [])]
 
 
-def _columns(section: Section) -> list[Column]:
-    return [*([section.base] if section.base else []), *section.models]
+Cut = dict[str | None, dict[str, Module]]  # the modules by their names in the recipe, of each model
 
 
-def _lead(section: Section) -> Column:
-    return _columns(section)[0]
+def _cut(recipe: MergeRecipe, models: Mapping[str, Source]) -> tuple[Cut, list[str]]:
+    """The modules of all models that give to them, and what is wrong with their names."""
+    cut: Cut = {}
+    problems: list[str] = []
+    for section in recipe.sections:
+        there = cut.setdefault(section.module, {})
+        for name in dict.fromkeys([recipe.reference_model, *(column.model for column in section.columns)]):
+            try:
+                there[name] = module_named(section.module, models[name], recipe.modules or ())
+            except ValueError as error:
+                place = ("slices",) if section.module is None else ("modules", section.module)
+                problems.append(recipe.document.place(place, str(error)))
+    if not problems and recipe.modules:
+        problems += _forgotten(recipe, models[recipe.reference_model])
+    return cut, [*dict.fromkeys(problems)]
 
 
-def _stacks(models: Iterable[Source]) -> tuple[dict[str, LayerStack], list[str]]:
-    stacks, problems = {}, []
-    for source in models:
-        try:
-            stacks[source.reference] = layer_stack(source)
-        except ValueError as error:
-            problems.append(str(error))
-    return stacks, problems
+def _forgotten(recipe: MergeRecipe, reference: Source) -> Iterator[str]:
+    """Modules of which nothing, or two things, are said."""
+    names = recipe.modules or {}
+    for module in modules(reference, names):
+        said = [name for name in names if name in module.names]
+        if len(said) > 1:
+            yield recipe.document.place(("modules", said[1]), f"it is the same module as {said[0]!r}")
+    if lacking := [module for module in modules(reference, names) if not {*module.names} & names.keys()]:
+        law = f"all modules of {reference.reference} must be given, but {spelled(lacking)} is missing"
+        yield recipe.document.place(("modules",), f"{law}: say which `models` it comes from")
 
 
-def _range_problems(recipe: MergeRecipe, stacks: Mapping[str, LayerStack]) -> Iterator[str]:
-    for i, part in enumerate(recipe.slices or ()):
-        for j, source in enumerate(part.sources):
-            count = stacks[source.model].layers
-            if source.layer_range[1] > count:
-                place = ("slices", i, "sources", j, "layer_range")
-                law = f"{source.model} has the layers [0, {count}], but got {[*source.layer_range]}"
-                yield recipe.document.place(place, law)
+def _range_problems(recipe: MergeRecipe, cut: Cut) -> Iterator[str]:
+    for i, section in enumerate(recipe.sections):
+        lead = cut[section.module][section.lead.model].layers
+        if not lead and i and recipe.sections[i - 1].module == section.module:
+            yield recipe.document.place(section.place, "a module without layers must be one slice")
+        for column in section.columns:
+            count = cut[section.module][column.model].layers
+            end = column.first + (lead if section.layers is None else section.layers)
+            if section.layers is None and count != lead:
+                law = f"the models must have as many layers here, {lead} as {section.lead.model}"
+                yield recipe.document.place(section.place, f"{law}, but {column.model} has {count}")
+            elif end > count or (section.layers == 0 and count):
+                place = (*section.place, "sources", column.number, "layer_range")
+                law = f"{column.model} has the layers [0, {count}]"
+                yield recipe.document.place(place, f"{law}, but got [{column.first}, {end}]")

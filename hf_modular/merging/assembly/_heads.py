@@ -5,7 +5,7 @@ of the models have.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,13 @@ def labels(reference: Source, head: Source) -> dict[str, Any]:
     return {key: head.config.get(key) for key in _LABELS if reference.config.get(key) != head.config.get(key)}
 
 
+def head_names(source: Source, names: Collection[str]) -> set[str]:
+    """Those of a model's names that lie outside the part of it that transformers calls the base model."""
+    facts = known(source)
+    inside = {name for name in names if facts.backbone and name.startswith(f"{facts.backbone}.")}
+    return {*names} - inside if inside else {name for name in names if name in facts.head}
+
+
 def _differing(sources: Mapping[str, Source], tensors: Mapping[str, Mapping[str, TensorLike]]) -> Heads:
     found = [*_label_problems(sources)]
     first, *others = tensors.values()
@@ -67,9 +74,7 @@ def _differing(sources: Mapping[str, Source], tensors: Mapping[str, Mapping[str,
 def _outside(sources: Mapping[str, Source], tensors: Mapping[str, Mapping[str, TensorLike]]) -> frozenset[str]:
     found: set[str] = set()
     for name, source in sources.items():
-        prefix = f"{known(source).backbone}."
-        if any(own.startswith(prefix) for own in tensors[name]):
-            found |= {own for own in tensors[name] if not own.startswith(prefix)}
+        found |= head_names(source, tensors[name])
     every = set.intersection(*({*own} for own in tensors.values()))
     return frozenset(found | {n for own in tensors.values() for n in own if n not in every and ".pooler." in n})
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_modular.merging.assembly._tokenizers import Tokenizer, save_tokenizer
 from hf_modular.merging.recipes._chat_templates import NAMED, is_template
+from hf_modular.merging.sources._dotted import changed
 from hf_modular.merging.sources._sources import CONFIG, MODEL_FILES, PROCESSING_FILES, files, read_object
 
 GENERATION = "generation_config.json"
@@ -42,7 +43,7 @@ class Beside:
             shutil.copyfile(path, target / path.name)
         for name, changes in {CONFIG: self.config, GENERATION: self.generation}.items():
             if changes and (target / name).is_file():
-                _write_object(target / name, read_object(target / name) | dict(changes))
+                _write_object(target / name, changed(read_object(target / name), changes))
         if self.united is not None:
             save_tokenizer(self.united, target)
         if self.chat_template is not None:
@@ -56,21 +57,15 @@ def chat_template(wanted: str | None, folders: Mapping[str, Path]) -> str | None
     if wanted in NAMED:
         return NAMED[wanted]
     if wanted == "auto":
-        found = [template for folder in folders.values() if (template := _template_of(folder))]
+        found = [template for folder in folders.values() if (template := template_of(folder))]
         return Counter(found).most_common(1)[0][0] if found else None
-    if (template := _template_of(folders[wanted])) is None:
+    if (template := template_of(folders[wanted])) is None:
         raise ValueError(f"`chat_template` names {wanted}, which has no chat template")
     return template
 
 
-def token_numbers(folder: Path, *, generation: bool) -> dict[str, Any]:
-    """What a model's config or generation config says of special tokens."""
-    path = folder / (GENERATION if generation else CONFIG)
-    settings = read_object(path) if path.is_file() else {}
-    return {key: value for key, value in settings.items() if key.endswith("_token_id")}
-
-
-def _template_of(folder: Path) -> str | None:
+def template_of(folder: Path) -> str | None:
+    """The chat template in a folder."""
     if (folder / CHAT_TEMPLATE).is_file():
         return (folder / CHAT_TEMPLATE).read_text("utf-8")
     path = folder / "tokenizer_config.json"
@@ -78,6 +73,13 @@ def _template_of(folder: Path) -> str | None:
     if isinstance(found, list):  # several, each with a name
         found = next((t.get("template") for t in found if isinstance(t, dict) and t.get("name") == "default"), None)
     return found if isinstance(found, str) else None
+
+
+def token_numbers(folder: Path, *, generation: bool) -> dict[str, Any]:
+    """What a model's config or generation config says of special tokens."""
+    path = folder / (GENERATION if generation else CONFIG)
+    settings = read_object(path) if path.is_file() else {}
+    return {key: value for key, value in settings.items() if key.endswith("_token_id")}
 
 
 def config_changes(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:

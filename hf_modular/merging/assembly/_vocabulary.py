@@ -231,30 +231,37 @@ class _Vocabularies:
                 f"the tokenizer of {tokenizer.reference} has tokens up to {last}, but `vocab: truncate` leaves {size} "
                 "rows: choose the tokenizer of a model that has no more, or `vocab: pad`"
             )
-        return Vocabulary(models, self._config(size), problems=problems)
+        notes = [] if policy == "error" else self._numbering()[0]
+        return Vocabulary(models, self._config(size), notes=notes, problems=problems)
 
     def _alike(self) -> Vocabulary:
         """Vocabularies of one size, whose tokens must have the same numbers."""
-        notes, problems = [], []
+        notes, problems = self._numbering()
+        return Vocabulary(self.sources, notes=notes, problems=problems)
+
+    def _numbering(self) -> tuple[list[str], list[str]]:
+        """What to note of tokens that have another number in another model; and what is wrong, if nobody allows it."""
+        notes: list[str] = []
+        problems: list[str] = []
         try:
             tokenizers = [*self.tokenizers.values()]
         except ConversionError as error:
-            return Vocabulary(
-                self.sources, notes=[f"whether a token has one number in all models is unknown: {error}"]
-            )
+            return [f"whether a token has one number in all models is unknown: {error}"], []
         for first, other in zip(tokenizers[:1] * len(tokenizers), tokenizers[1:], strict=False):
             both = first.vocabulary.keys() & other.vocabulary.keys()
             moved = sorted(token for token in both if first.vocabulary[token] != other.vocabulary[token])
             single = sorted(first.vocabulary.keys() ^ other.vocabulary.keys())
             pair = f"the tokenizers of {first.reference} and {other.reference}"
-            if moved:
-                found = f"{len(moved)} of {len(both)} common tokens, such as {moved[0]!r}, have not"
-                problems.append(f"{pair} must give a token the same number, but {found}: {_WAYS}")
-            elif single:
+            found = f"{len(moved)} of {len(both)} common tokens, such as {moved[:1]}"
+            if moved and self.recipe.vocab == "error":
+                problems.append(f"{pair} must give a token the same number, but {found}, have not: {_WAYS}")
+            elif moved:
+                notes.append(f"{pair} differ in the numbers of {found}: rows of different tokens were merged")
+            elif single and self.recipe.vocab == "error":
                 notes.append(
                     f"{pair} differ in {len(single)} tokens, such as {single[0]!r}: embeddings were merged by number"
                 )
-        return Vocabulary(self.sources, notes=notes, problems=problems)
+        return notes, problems
 
     # ---- rows by their tokens
 

@@ -1,4 +1,4 @@
-"""The parts of a recipe: models, slices of layers, and whose tokenizer with which tokens."""
+"""The parts of a recipe: models, slices of layers, modules, and whose tokenizer with which tokens."""
 
 from typing import Any, Literal
 
@@ -10,6 +10,14 @@ COMPANIONS = ("fisher", "forget", "activations", "state")
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_empty(cls, data: Any) -> Any:
+        """A key without a value is as good as none."""
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
 
 
 class WithAdapter(Strict):
@@ -31,10 +39,15 @@ class WithAdapter(Strict):
         return {key: value for key, value in data.items() if key != "adapter"} | {"model": f"{model}+{adapter}"}
 
 
-class ModelEntry(WithAdapter):
-    """One of the models to merge."""
+class PlainEntry(WithAdapter):
+    """One of the models to merge, by its weights alone."""
 
     parameters: dict[str, Any] = Field(default={}, description="The settings of this model, such as `weight`.")
+
+
+class ModelEntry(PlainEntry):
+    """One of the models to merge."""
+
     fisher: str | None = Field(
         default=None, min_length=1, description="A folder or repository with the model's Fisher information."
     )
@@ -70,6 +83,16 @@ class OutputSlice(Strict):
     sources: list[SliceSource] = Field(min_length=1, description="Layers of models, as many of each.")
     base_model: str | None = Field(default=None, min_length=1, description="The base of this slice, a source.")
     parameters: dict[str, Any] = Field(default={}, description="The settings in this slice.")
+
+
+class OutputModule(Strict):
+    """A part of the result, such as an encoder, merged in its own way."""
+
+    models: list[PlainEntry] = Field(default=[], min_length=1, description="The models to merge, in order.")
+    slices: list[OutputSlice] | None = Field(
+        default=None, min_length=1, description="The layers of the module, in order, in the place of `models`."
+    )
+    parameters: dict[str, Any] = Field(default={}, description="The settings in this module.")
 
 
 class TokenOrigin(Strict):

@@ -11,7 +11,7 @@ from dataclasses import fields, replace
 from functools import cached_property, partial
 from pathlib import Path
 from types import NoneType
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, Literal, Self, cast
 
 from pydantic import BaseModel, Field, StrictInt, ValidationError, model_validator
 
@@ -20,13 +20,23 @@ from hf_modular.merging.recipes._chat_templates import NAMED, is_template
 from hf_modular.merging.recipes._entries import (
     COMPANIONS,
     ModelEntry,
+    OutputModule,
     OutputSlice,
+    PlainEntry,
     SliceSource,
     Strict,
     TokenChoice,
     TokenizerChoice,
 )
-from hf_modular.merging.recipes._settings import IGNORED, Settings, chained, known, translated, word
+from hf_modular.merging.recipes._sections import (
+    Section,
+    beside_the_base,
+    content_problems,
+    inner_parameters,
+    listed,
+    sections,
+)
+from hf_modular.merging.recipes._settings import IGNORED, Settings, known, translated, word
 from hf_modular.merging.recipes._yaml import Document, Location, read, spelled
 
 DTypeName = Literal["float32", "bfloat16", "float16", "float64"]
@@ -42,7 +52,6 @@ _OF_MERGEKIT = {
 }
 
 _REFUSED = {  # keys of mergekit
-    "modules": "merging the modules of a model apart is not supported: merge checkpoints of each module",
     "residual_weight": "mergekit reads this key and does nothing with it: remove it",
     "layer_range": "a range of layers is given under `slices`, for each of the `sources`",
 }
@@ -54,23 +63,6 @@ class RecipeError(ValueError):
     def __init__(self, problems: Iterable[tuple[Location, str]]) -> None:
         self.problems = list(problems)
         super().__init__("; ".join(f"{spelled(place)}: {message}" for place, message in self.problems))
-
-
-class Column(NamedTuple):
-    """A model of a section, whose layers count from `first` on."""
-
-    model: str
-    first: int = 0
-
-
-class Section(NamedTuple):
-    """Tensors of the result that the same models are merged into: all of them, or those of some layers."""
-
-    place: Location  # in the recipe
-    base: Column | None
-    models: list[Column]
-    layers: int | None  # how many; None for the whole model
-    settings: Settings
 
 
 class Recipe(Strict):
@@ -166,6 +158,9 @@ class MergeRecipe(Recipe):
     slices: list[OutputSlice] | None = Field(
         default=None, min_length=1, description="The layers of the result, in order, in the place of `models`."
     )
+    modules: dict[str, OutputModule] | None = Field(
+        default=None, min_length=1, description="What each module of the model is merged of, in the place of both."
+    )
     dtype: DTypeName | None = Field(
         default=None,
         description="The dtype of the result where `out_dtype` does not say it, and of the arithmetic if it is "
@@ -217,40 +212,17 @@ class MergeRecipe(Recipe):
     def references(self) -> list[str]:
         """All folders and repositories that the recipe names, each once, the reference model first."""
         entries = [name for entry in self.models for name in entry.references.values()]
-        sliced = [source.model for part in self.slices or () for source in part.sources]
-        return [*dict.fromkeys([self.reference_model, *entries, *sliced])]
+        return [*dict.fromkeys([self.reference_model, *entries, *listed(self)])]
 
     @cached_property
     def sections(self) -> list[Section]:
-        """What is merged with what: all models, or the sources of each slice."""
-        if self.slices is not None:
-            return [self._section(i, part) for i, part in enumerate(self.slices)]
-        base = Column(self.base_model) if self.base_model and self.method.base_model != "unused" else None
-        return [Section(("models",), base, [Column(entry.model) for entry in self.task_models], None, self.settings)]
-
-    def _section(self, index: int, part: OutputSlice) -> Section:
-        alias = self.methods()[self.merge_method][1]
-        base = self.slice_base(part)
-        sources = [source for source in part.sources if source is not base]
-        shared = chained(translated(part.parameters, alias), translated(self.parameters, alias))
-        settings = Settings(self.kind, shared, [translated(source.parameters, alias) for source in sources])
-        columns = [Column(source.model, source.layer_range[0]) for source in sources]
-        base_column = Column(base.model, base.layer_range[0]) if base else None
-        return Section(("slices", index), base_column, columns, part.sources[0].count, settings)
-
-    def slice_base(self, part: OutputSlice) -> SliceSource | None:
-        """The source that is the base of a slice."""
-        name = part.base_model or self.base_model
-        if self.method.base_model == "unused":
-            return None
-        return next((source for source in part.sources if source.model == name), None)
+        """What is merged with what: all models, the sources of each slice, or those of each module."""
+        return [*sections(self)]
 
     @property
     def task_models(self) -> list[ModelEntry]:
         """The models that are merged into the base, which may be listed among them, as in mergekit."""
-        if self.method.base_model == "unused":
-            return self.models
-        return [entry for entry in self.models if entry.model != self.base_model]
+        return beside_the_base(self, self.models)
 
     @property
     def companions(self) -> dict[str, list[str]]:
@@ -263,7 +235,7 @@ class MergeRecipe(Recipe):
         """The model that the result is shaped after: the base, or the first model."""
         if self.base_model:
             return self.base_model
-        return self.slices[0].sources[0].model if self.slices else self.models[0].model
+        return listed(self)[0]
 
     @property
     def tokenizer_choice(self) -> TokenizerChoice | None:
@@ -290,17 +262,13 @@ class MergeRecipe(Recipe):
         return cast(MergeMethod, self.kind)
 
     def problems(self) -> Problems:
-        if (self.slices is None) == (not self.models):
-            yield ("models",), "give `models` or `slices`, not both" if self.models else "this key is missing"
+        yield from (problems := [*content_problems(self)])
+        if problems and problems[0][0] == ("models",) and not self.models:
             return
-        yield from _slice_problems(self) if self.slices is not None else _model_problems(self)
         yield from _tokenizer_problems(self)
         yield from super().problems()
-        for i, part in enumerate(self.slices or ()):
-            yield from _parameter_problems(self, part.parameters, ("slices", i, "parameters"))
-            for j, source in enumerate(part.sources):
-                place = ("slices", i, "sources", j, "parameters")
-                yield from _parameter_problems(self, source.parameters, place, per_model=True)
+        for place, parameters, per_model in inner_parameters(self):
+            yield from _parameter_problems(self, parameters, place, per_model=per_model)
 
 
 def _recipe_problems(recipe: Recipe) -> Problems:
@@ -313,62 +281,13 @@ def _recipe_problems(recipe: Recipe) -> Problems:
     yield ("merge_method",), f"there is no method {recipe.merge_method!r}, there are {sorted(names)}{hint}"
 
 
-def _model_problems(recipe: MergeRecipe) -> Problems:
-    names = [entry.model for entry in recipe.models]
-    policy = recipe.method.base_model
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            yield ("models", i, "model"), f"each model may be listed once, but {name!r} is listed twice"
-    if policy == "required" and recipe.base_model is None:
-        yield ("merge_method",), f"{recipe.merge_method!r} needs a base_model, but the recipe has none"
-    if policy == "unused" and recipe.base_model not in (None, *names):
-        yield ("base_model",), f"{recipe.merge_method!r} uses no base: remove it, or list it among the models"
-    low, high = recipe.method.model_counts
-    if not low <= len(recipe.task_models) <= high:
-        found = f"but the recipe has {len(recipe.task_models)} beside the base"
-        yield ("models",), f"{recipe.merge_method!r} merges from {low} to {high} models, {found}"
-
-
-def _slice_problems(recipe: MergeRecipe) -> Problems:
-    if recipe.method.one_by_one:
-        yield ("slices",), f"{recipe.merge_method!r} takes whole models one after the other: give `models`"
-    for i, part in enumerate(recipe.slices or ()):
-        yield from _range_problems(part, ("slices", i, "sources"))
-        yield from _source_problems(recipe, part, ("slices", i))
-
-
-def _range_problems(part: OutputSlice, place: Location) -> Problems:
-    for j, source in enumerate(part.sources):
-        first, end = source.layer_range
-        if not 0 <= first < end:
-            law = "must be [first, end) with 0 <= first < end"
-            yield (*place, j, "layer_range"), f"{law}, but is [{first}, {end}]"
-        elif source.count != part.sources[0].count:
-            law = f"all sources of a slice must have as many layers, {part.sources[0].count} as the first"
-            yield (*place, j, "layer_range"), f"{law}, but [{first}, {end}] are {source.count}"
-        if (source.model, source.layer_range) in [(s.model, s.layer_range) for s in part.sources[:j]]:
-            yield (*place, j), f"the same layers of {source.model!r} are listed twice"
-
-
-def _source_problems(recipe: MergeRecipe, part: OutputSlice, place: Location) -> Problems:
-    base, name = recipe.slice_base(part), part.base_model or recipe.base_model
-    if recipe.method.base_model == "required" and name is None:
-        yield place, f"{recipe.merge_method!r} needs a base_model, but the recipe has none"
-    elif recipe.method.base_model != "unused" and name is not None and base is None:
-        yield (*place, "sources"), f"the base, {name!r}, must be listed among the sources, with its layers"
-    low, high = recipe.method.model_counts
-    if not low <= (count := len(part.sources) - (base is not None)) <= high:
-        law = f"{recipe.merge_method!r} merges from {low} to {high} models"
-        yield (*place, "sources"), f"{law}, but the slice has {count} beside the base"
-
-
 def _tokenizer_problems(recipe: MergeRecipe) -> Problems:
     if recipe.tokenizer and recipe.tokenizer_source:
         yield ("tokenizer_source",), "give `tokenizer` or `tokenizer_source`, not both"
     choice = recipe.tokenizer_choice
     if choice and recipe.vocab != "error":
         yield ("vocab",), "a tokenizer decides which rows the embeddings have: give one of the two"
-    models = {recipe.reference_model, *_listed(recipe)}
+    models = {recipe.reference_model, *listed(recipe)}
     place: Location = ("tokenizer", "source") if recipe.tokenizer else ("tokenizer_source",)
     if choice and choice.source not in {"base", "union", *models}:
         allowed = f"'base', 'union' or one of {sorted(models)}"
@@ -382,11 +301,6 @@ def _tokenizer_problems(recipe: MergeRecipe) -> Problems:
     if (wanted := recipe.chat_template) and not (is_template(wanted) or wanted in {"auto", *NAMED, *models}):
         known = f"Jinja text, 'auto', one of {sorted(NAMED)}, or one of {sorted(models)}"
         yield ("chat_template",), f"must be {known}, but got {wanted!r:.200}"
-
-
-def _listed(recipe: MergeRecipe) -> list[str]:
-    """The models that are merged, without what lies beside them."""
-    return [entry.model for entry in recipe.models] + [s.model for part in recipe.slices or () for s in part.sources]
 
 
 def _renamed(content: Any, names: Mapping[str, str]) -> Any:
@@ -475,7 +389,10 @@ def _problems(error: ValidationError, kind: type[Recipe]) -> Problems:
 def _unknown(place: Location, recipe: type[Recipe]) -> str:
     if place[-1] in _REFUSED:
         return _REFUSED[str(place[-1])]
-    kinds: dict[str, type[BaseModel]] = {"models": ModelEntry, "tokenizer": TokenizerChoice, "slices": OutputSlice}
+    models: type[BaseModel] = ModelEntry
+    if place[0] == "modules" and len(place) > 2:
+        place, models, recipe = place[2:], PlainEntry, OutputModule  # type: ignore[assignment]
+    kinds: dict[str, type[BaseModel]] = {"models": models, "tokenizer": TokenizerChoice, "slices": OutputSlice}
     kind = (
         SliceSource if "sources" in place else TokenChoice if "tokens" in place else kinds.get(str(place[0]), recipe)
     )

@@ -1,7 +1,7 @@
 """The settings of a recipe, tensor by tensor: filters on names and gradients over the depth, by mergekit's rules."""
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any, cast
@@ -27,6 +27,13 @@ class Settings:
         """Whether a setting of the method, other than a model's weight, depends on the tensor."""
         given = [*self.shared.items(), *(item for model in self.models for item in model.items())]
         return any(isinstance(value, (list, dict)) for key, value in given if key != "weight")
+
+    @property
+    def filters(self) -> Iterator[str]:
+        """The texts that names of tensors must have for some settings."""
+        for settings in (self.shared, *self.models):
+            for value in settings.values():
+                yield from (case["filter"] for case in _cases(value) if case.get("filter") not in (None, "*"))
 
     def at(self, name: str, depth: float) -> "Resolved":
         """The settings for a tensor at a depth from 0 to 1 of the model."""

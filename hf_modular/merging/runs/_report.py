@@ -4,6 +4,7 @@ import json
 import platform
 import resource
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from hashlib import file_digest
 from importlib.metadata import version
@@ -72,8 +73,7 @@ class MergeReport:
         """What was done, in a line, and a line for each note."""
         sizes = f"{self.tensors} tensors, {self.parameters:,} parameters, {self.bytes_written / 1e6:,.1f} MB"
         notes = "".join(f"note: {note}\n" for note in self.notes)
-        sliced = {source["model"] for part in self.recipe.get("slices", ()) for source in part["sources"]}
-        models = len(self.recipe.get("models", sliced))
+        models = len({*listed_models(self.recipe)})
         return (
             f"{notes}Merged {models} models by {self.merge_method} in {self.seconds:.1f} s ({sizes}{self._verified()})"
         )
@@ -86,13 +86,24 @@ class MergeReport:
         words = [f"{found['tensors_compared']} tensors computed again"]
         if "loads" in found:
             words.append("loads in transformers")
+        if missing := found.get("missing_or_unexpected_as_in_the_reference"):
+            words.append(f"missing or left over as in the reference model: {', '.join(missing[:3])}")
         if adapter := found.get("adapter"):
             words.append(f"outputs within {adapter['largest_difference']:.2g} of the adapter's")
+            words += [] if adapter["adapter_effect"] else ["the adapter changes none of them"]
         return "; verified: " + ", ".join([*words, *(f"not {skipped}" for skipped in found.get("skipped", []))])
 
     @classmethod
     def load(cls, folder: str | Path) -> Self:
         return cls(**json.loads((Path(folder) / REPORT).read_text("utf-8")))
+
+
+def listed_models(recipe: Mapping[str, Any]) -> Iterator[str]:
+    """The models that a recipe merges: its own, those of slices, and those of modules."""
+    yield from (entry["model"] for entry in recipe.get("models") or ())
+    yield from (source["model"] for part in recipe.get("slices") or () for source in part["sources"])
+    for module in (recipe.get("modules") or {}).values():
+        yield from listed_models(module)
 
 
 def describe(path: Path, *, hashes: bool) -> dict[str, Any]:

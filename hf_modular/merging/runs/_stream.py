@@ -29,6 +29,7 @@ from hf_modular.merging.engine._processes import Processes, processes
 from hf_modular.merging.engine._workers import Pool, Workers
 from hf_modular.merging.recipes._recipe import MergeRecipe
 from hf_modular.merging.recipes._settings import Resolved
+from hf_modular.merging.runs._configs import beside_notes, config_notes, layout_problems
 from hf_modular.merging.runs._crew import crew
 from hf_modular.merging.runs._descent import distances, strangers
 from hf_modular.merging.runs._one_by_one import one_by_one
@@ -245,6 +246,8 @@ class _Job:
             *(note for origin, apart in self.distances.items() for note in strangers(origin, apart)),
             *dict.fromkeys(note for engine in engines for note in engine.notes),
             *(note for engine in engines for note in without(engine.plan, engine.companions)),
+            *config_notes(self.reference, self.models),
+            *beside_notes(self.beside, self.models, chosen=self.recipe.chat_template is not None),
             *_code_notes(self.reference),
         ]
 
@@ -261,6 +264,7 @@ class _Job:
         yield from _space_problems(output, state + sum(tensor.nbytes for tensor in self.plan.values()))
         yield from _device_problems(self.device)
         yield from _config_problems({source.reference: source for source in (self.reference, *self.models)}.values())
+        yield from layout_problems(self.reference, self.models)
         yield from (problem for source in self.sources.values() for problem in source.problems)
         yield from self.assembly.problems
         yield from _refusals(lambda: self.beside)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_modular.checkpoints import INDEX, WEIGHTS, Checkpoint, TensorInfo, refuse_outside
 from hf_modular.merging.sources._computed import ComputedCheckpoint
+from hf_modular.merging.sources._dotted import changed
 from hf_modular.merging.sources._quantised import dequantised, quantisation
 
 CONFIG = "config.json"
@@ -53,6 +54,7 @@ class Source:
         commit: Of a repository.
         tied: Names that are not stored -> the stored name of the same tensor.
         left_out: Stored names that are not part of the model.
+        untied: Stored names of tensors that the config would tie to others, although they differ from them.
         pin: A reference that stays the same when a repository changes, where it is not made of the commit.
         changes: What its config must say differently from the file in the folder; None where a key must go.
         prepared_in: Where its tokenizer or processor is, if not in the folder.
@@ -68,6 +70,7 @@ class Source:
     commit: str | None = None
     tied: dict[str, str] = field(default_factory=dict)
     left_out: set[str] = field(default_factory=set)
+    untied: set[str] = field(default_factory=set)
     pin: str | None = None
     changes: dict[str, Any] = field(default_factory=dict)
     prepared_in: Path | None = None
@@ -203,12 +206,6 @@ def locate(reference: str, patterns: tuple[str, ...] | None = None) -> tuple[Pat
     if "+" in reference:
         raise ValueError(f"{reference} must be a model alone here, without an adapter")
     return _downloaded(name, revision, reference, patterns)
-
-
-def changed(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """A config with some keys changed, and those that are None left out."""
-    merged = config | changes
-    return {key: value for key, value in merged.items() if key not in changes or value is not None}
 
 
 def files(folder: Path, patterns: tuple[str, ...]) -> Iterator[Path]:
