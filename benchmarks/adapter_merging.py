@@ -222,8 +222,8 @@ def serving_table(rows: list[dict[str, float]]) -> str:
     cases = ["switch", "one token", "one sample", "batch of 8", "8 mixed", "8 mixed tokens"]
     lines = [
         f"One RMM adapter of rank {RANK} on all linear layers of a Llama of 25 million parameters, beside as many",
-        f"LoRA adapters in PEFT; milliseconds of CPU time, RMM's / PEFT's. A sample has {LENGTH} tokens. In a mixed batch",
-        "each sample, or token, is for another task. MB are of fp32, RMM's with the factors of the task in use.",
+        f"LoRA adapters in PEFT; milliseconds of CPU time, RMM's / PEFT's. A sample has {LENGTH} tokens.",
+        "In a mixed batch each sample, or token, is for another task. RMM's MB count the factors of the task in use.",
         "",
         line(["tasks", "p", "MB", *(f"{case}" for case in cases)]),
         "|" + "---|" * (3 + len(cases)),

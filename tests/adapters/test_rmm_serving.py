@@ -106,11 +106,9 @@ def assign(model: PeftModel) -> None:
 
 def wrap_anew(model: PeftModel) -> None:
     """The same memory in another parameter, of which the versions are counted from the beginning."""
-    with torch.no_grad():
-        for adapter in adapters(model):
-            adapter.A.mean.add_(1)
-            model(x())
-            adapter.A.mean = nn.Parameter(adapter.A.mean.data, requires_grad=False)
+    for adapter in adapters(model):
+        old, adapter.A.mean = adapter.A.mean, nn.Parameter(adapter.A.mean.data, requires_grad=False)
+        while adapter.A.mean._version < old._version:
             adapter.A.mean.add_(1)
 
 
