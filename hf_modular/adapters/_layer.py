@@ -111,12 +111,12 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Run the adapters one after the other on the output, the channels moved to the last axis."""
         if not adapters:
             return y
-        dtype = y.dtype
-        out = y.movedim(self.layout.channel, -1)
+        dtype, last = y.dtype, self.layout.channel == -1
+        out = y if last else y.movedim(self.layout.channel, -1)
         convolve = self._convolve if self.site.kind == "Conv" and self.site.plain else None
         for adapter in adapters:
             out = adapter(self._cast_input(x, adapter), out, convolve)
-        return out.movedim(-1, self.layout.channel).to(dtype)
+        return (out if last else out.movedim(-1, self.layout.channel)).to(dtype)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.base_layer._conv_forward(x, weight, None)  # type: ignore[operator]
