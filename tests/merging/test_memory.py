@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from hf_modular.merging import METHODS, DAREConfig, LinearConfig, TaskArithmeticConfig, merge_state_dicts
 
