@@ -501,7 +501,7 @@ def quick(plan: Plan) -> Plan:
     """A few steps of two sections on two tasks."""
     few = {name: plan.sections[name] for name in plan.sections if name in ("digits, full", "digits, LoRA")}
     short = {
-        name: replace(section, training=replace(section.training, epochs=0.5), trials={2: 2})
+        name: replace(section, training=replace(section.training, epochs=1), trials={2: 2})
         for name, section in few.items()
     }
     return replace(plan, cache=plan.cache / "quick", seeds=(0,), sections=short, base_epochs=2, rows=40)
