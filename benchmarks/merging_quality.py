@@ -28,7 +28,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file
@@ -113,7 +113,7 @@ class Section:
     training: Training
     trials: Mapping[int, int]  # how many tasks are merged -> trials of each method
     methods: tuple[str, ...] = tuple(entry.name for entry in ENTRIES)
-    thinned: bool = True  # also by DAREx, and not by DARE alone
+    thinned: Literal["all", "few", "plain"] = "all"  # by which ways; what takes long on large models is not among few
 
 
 DIGITS = Training(1e-3, 10)  # the demo's
@@ -121,16 +121,16 @@ TEXT = Training(1e-4, 3, frozen="embeddings.")
 PULLED = ("average", "task arithmetic", "TIES", "DARE, p=0.9")
 SECTIONS = {
     "digits, full": Section("digits", DIGITS, {2: 8, 4: 8, 8: 8}),
-    "digits, LoRA": Section("digits", Training(3e-3, 5, rank=16), {2: 8, 4: 8, 8: 8}),
-    "text, full": Section("text", TEXT, {2: 5, 4: 5, 8: 1}),
-    "text, LoRA": Section("text", Training(3e-3, 3, rank=16), {2: 5, 4: 5, 8: 1}, thinned=False),
+    "digits, LoRA": Section("digits", Training(3e-3, 5, rank=16), {2: 8, 4: 8, 8: 8}, thinned="few"),
+    "text, full": Section("text", TEXT, {2: 5, 4: 5}, thinned="few"),
+    "text, LoRA": Section("text", Training(3e-3, 3, rank=16), {2: 5, 4: 5, 8: 1}, thinned="plain"),
     **{
-        f"digits, AdamR {pull:g}": Section("digits", replace(DIGITS, pull=pull), {4: 8}, PULLED, thinned=False)
-        for pull in (0, 0.01, 0.03, 0.1)  # without a pull it is AdamW
+        f"digits, AdamR {pull:g}": Section("digits", replace(DIGITS, pull=pull), {4: 8}, PULLED, thinned="plain")
+        for pull in (0.0, 0.01, 0.03, 0.1)  # without a pull it is AdamW
     },
     **{
-        f"text, AdamR {pull:g}": Section("text", replace(TEXT, pull=pull), {4: 5}, PULLED, thinned=False)
-        for pull in (0, 0.03, 0.1)
+        f"text, AdamR {pull:g}": Section("text", replace(TEXT, pull=pull), {4: 5}, PULLED, thinned="plain")
+        for pull in (0.0, 0.03, 0.1)
     },
 }
 ORDERS = {  # of the tasks: the first two are merged, or the first four
@@ -395,24 +395,34 @@ def thinned(bench: Bench, task: str, seed: int, drop: float) -> dict[str, float]
     def plain() -> dict[str, float]:
         return {"DARE": accuracy("test"), "DAREx-q, closed form": accuracy("test", rescale="q", q="closed_form")}
 
-    def others() -> dict[str, float]:
+    def few() -> dict[str, float]:
         best = max((q for q in QS if q >= 1 - drop - 1e-9), key=lambda q: accuracy("val", rescale="q", q=q))
         return {
             "DAREx-q, validation": accuracy("test", rescale="q", q=best),
-            "DARE, norm": accuracy("test", rescale="norm"),
             "largest": accuracy("test", rescale="none", mask="magnitude"),
-            "largest, norm": accuracy("test", rescale="norm", mask="magnitude"),
-            "columns": accuracy("test", mask="columns"),
             "q": best,
         }
 
+    def others() -> dict[str, float]:
+        return few() | {
+            "DARE, norm": accuracy("test", rescale="norm"),
+            "largest, norm": accuracy("test", rescale="norm", mask="magnitude"),
+            "columns": accuracy("test", mask="columns"),
+        }
+
     found = bench.ledger.get(["thinned", task, seed, drop], plain)
-    more = bench.ledger.get(["thinned", task, seed, drop, QS], others) if bench.section.thinned else {}
-    return found | more
+    if bench.section.thinned == "plain":
+        return found
+    more = {"few": few, "all": others}[bench.section.thinned]
+    return found | bench.ledger.get(["thinned", task, seed, drop, QS, *(["few"] if more is few else [])], more)
 
 
 def calibrated(bench: Bench, task: str, seed: int, drop: float) -> dict[str, float]:
     """The same with a q that is found on unlabelled rows by the model."""
+
+    ways = {"DAREx-q, closed form on data": "closed_form"}
+    if bench.section.thinned == "all":
+        ways["DAREx-q, least change"] = "search"
 
     def make() -> dict[str, float]:
         base, (tuned,) = bench.models([task], seed)
@@ -420,13 +430,16 @@ def calibrated(bench: Bench, task: str, seed: int, drop: float) -> dict[str, flo
         encoder.load_state_dict({**bench.base, **tuned})
         rows = unlabelled(bench.suite.tasks[task].val.first(CALIBRATION_ROWS))
         found = {}
-        for name, how in (("DAREx-q, closed form on data", "closed_form"), ("DAREx-q, least change", "search")):
-            config = dare_q(bench.base, encoder, DAREConfig(drop=drop), rows, how=how, seed=100 + seed).config
+        for name, how in ways.items():
+            config = dare_q(
+                bench.base, encoder, DAREConfig(drop=drop), rows, how=cast(Any, how), seed=100 + seed
+            ).config
             state = merge_state_dicts(base, [tuned], config, seed=seed)
             found[name] = bench.accuracies(state, [task], "test")[task]
         return found
 
-    return bench.ledger.get(["calibrated", task, seed, drop, CALIBRATION_ROWS], make)
+    facts = ["calibrated", task, seed, drop, CALIBRATION_ROWS]
+    return bench.ledger.get([*facts, *(["few"] if len(ways) == 1 else [])], make)
 
 
 def run(plan: Plan) -> dict[str, Any]:
@@ -494,7 +507,7 @@ def _thinned(bench: Bench) -> Iterator[dict[str, Any]]:
 
 def _thinned_run(bench: Bench, task: str, seed: int, drop: float) -> dict[str, Any]:
     found = thinned(bench, task, seed, drop) | {"task": task, "seed": seed}
-    return found | (calibrated(bench, task, seed, drop) if bench.section.thinned else {})
+    return found if bench.section.thinned == "plain" else found | calibrated(bench, task, seed, drop)
 
 
 def quick(plan: Plan) -> Plan:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_modular import AdamR, merge
 from hf_modular.demo.training import train
@@ -58,9 +58,9 @@ class FineTunes:
         if not (folder / "adapter_model.safetensors").is_file():
             model = self.suite.model(task)
             torch.manual_seed(seed + zlib.crc32(task.encode()))  # nobody agrees on where the matrices begin
-            model.encoder = get_peft_model(
-                model.encoder, LoraConfig(r=self.training.rank, target_modules="all-linear")
-            )
+            # by their full names: a pooling layer, which the saved base has and this encoder has not, is no target
+            linear = [name for name, layer in model.encoder.named_modules() if isinstance(layer, nn.Linear)]
+            model.encoder = get_peft_model(model.encoder, LoraConfig(r=self.training.rank, target_modules=linear))
             self._train(model, task, seed)
             model.encoder.save_pretrained(folder)
         return folder
