@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_modular.checkpoints import TensorInfo, plan_shards
 from hf_modular.merging.engine._engine import Engine, Inputs
 from hf_modular.merging.engine._forks import Forks
-from hf_modular.merging.engine._workers import Pool
+from hf_modular.merging.engine._workers import Pool, Workers
 from hf_modular.merging.runs._crew import crew
 from hf_modular.merging.runs._sampled import infos, part_of, sample
 from hf_modular.merging.sources._computed import KEPT, ComputedCheckpoint
@@ -88,7 +88,7 @@ def make_plan(
     """The plan of a merge that has no problems."""
     tensors = {name: info for engine in engines for name, info in infos(engine).items()}
     with crew(engines, sources, workers) as pool:
-        seconds = None if one_by_one else sum(_tried(engine, pool) for engine in engines)
+        seconds = None if one_by_one else sum(map(_tried, engines)) / pool.count
     return MergePlan(
         merge_method=engines[0].method.name,
         models=[source.reference for source in sources],
@@ -104,14 +104,18 @@ def make_plan(
     )
 
 
-def _tried(engine: Engine, pool: Pool) -> float:
-    """Seconds for all tensors, by those for some."""
+def _tried(engine: Engine) -> float:
+    """Seconds for all tensors and one worker, by those for some."""
     sizes = {name: info.numel for name, info in infos(engine).items()}
     names = sample(sizes, engine.seed, _TRIED, _TENSORS) or {min(sizes, key=sizes.__getitem__)}
     trial = part_of(engine, names, _as_it_is, engine.device)
-    started = time.perf_counter()
-    trial.run(_Nowhere(), pool, lambda name, size: None)
-    return (time.perf_counter() - started) * sum(sizes.values()) / max(sum(sizes[name] for name in names), 1)
+    durations = []
+    with Workers(1) as alone:
+        for _ in range(2):  # the first time there is more to load and to make room for
+            started = time.perf_counter()
+            trial.run(_Nowhere(), alone, lambda name, size: None)
+            durations.append(time.perf_counter() - started)
+    return min(durations) * sum(sizes.values()) / max(sum(sizes[name] for name in names), 1)
 
 
 def _as_it_is(inputs: Inputs, plan: Mapping[str, TensorInfo]) -> Inputs:
