@@ -30,8 +30,8 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def can_fork() -> bool:
-    """Not in workers of Python's own pools, which may have no children, nor beside the main thread: children die with the
-    thread that made them.
+    """Not in workers of Python's own pools, which may have no children, nor beside the main thread, since children die
+    with the thread that made them.
     """
     return sys.platform == "linux" and not current_process().daemon and current_thread() is main_thread()
 
