@@ -29,9 +29,11 @@ bench-quality: .venv/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging_quality.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/rmm_quality.py
 
-# About twelve minutes on one core; `make bench-adapters QUICK=1` about five.
+# About twenty minutes on one core, and five for many adapters; a run that was cut goes on where it was, FRESH=1 starts
+# anew, QUICK=1 takes about five minutes.
 bench-adapters: .venv/.ready
-	$(BIN)/python benchmarks/adapters.py $(if $(QUICK),--quick)
+	$(BIN)/python benchmarks/adapters.py $(if $(QUICK),--quick) $(if $(FRESH),--fresh)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/many_adapters.py $(if $(QUICK),--adapters 8 --output .peers)
 
 # PEFT's own tests on our adapter methods; BASELINE=1 runs PEFT's LoRA and HiRA beside them.
 conformance: .venv/.ready

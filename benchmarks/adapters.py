@@ -1,11 +1,13 @@
 """What each adapter costs, beside PEFT's own methods on the same targets.
 
-    python benchmarks/adapters.py              # three rounds, about twelve minutes on one core
+    python benchmarks/adapters.py              # as many rounds as twenty minutes of one core allow
     python benchmarks/adapters.py --quick      # one round
     python benchmarks/adapters.py --models llama --only hut_tile,hira
 
 Every case runs in a process of its own, on one thread of a pinned core; the cases are interleaved over several
-rounds, and a figure is the median over the rounds of its ratio within the same round. With LoRA of rank 8 as 1:
+rounds, and a figure is the median over the rounds of its ratio within the same round. Each finished measurement is
+kept in `--journal`, so that a run that was cut, or that `--minutes` has ended, goes on where it was, as long as the
+settings, the versions and the code of the adapters are the same; `--fresh` starts anew. With LoRA of rank 8 as 1:
 
 - `step`: forward, backward and AdamW (processor time; on a GPU, elapsed time);
 - `saved`: the bytes of distinct storages that autograd keeps for backward, parameters left out;
@@ -17,6 +19,7 @@ GPU is used if there is one.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
@@ -33,9 +36,9 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 OURS = ["hut_tile", "hut_row_column", "hut_low_rank", "ssf", "mos", "flora", "compacter"]
-PEERS = ["hira", "vera", "vblora", "ia3", "oft", "hra", "miss", "road", "dora", "loha", "full"]
+PEERS = ["hira", "vera", "vblora", "ia3", "oft", "full"]
 CASES = {
-    "llama": ["lora", *OURS, *PEERS],
+    "llama": ["lora", *OURS, *PEERS, "miss", "road", "dora", "loha", "hra"],
     "bert": ["lora", *OURS, *PEERS],
     "convnext": ["lora", "ssf", "flora", "hut_tile", "hira", "loha", "full"],
 }
@@ -47,6 +50,9 @@ TARGETS = {
 PRELOADED = ["torch", "peft", "hf_modular", *(f"transformers.models.{m}.modeling_{m}" for m in CASES)]
 RATIOS = ["step", "saved", "peak"]  # to LoRA
 COLUMNS = [*RATIOS, "alone", "merged"]
+Step = tuple[str, str, int]  # a model, a case and a round
+Figures = dict[Step, dict[str, Any]]
+PHM = ("layer", "phm")  # the model and the case that are Compacter's layer alone
 
 
 def make_config(case: str, targets: Any) -> Any:
@@ -159,7 +165,10 @@ def alone(model: Any, batch: dict[str, Any], device: str) -> float:
         if model.config.model_type == "llama":
             cache = model(**given, use_cache=True).past_key_values
             given = {key: inputs[:1, :1], "past_key_values": cache, "use_cache": True}
-        return min(elapsed(lambda: model(**given), device) for _ in range(20))
+        times = [elapsed(lambda: model(**given), device)]
+        while len(times) < 20 and sum(times) < 3:
+            times.append(elapsed(lambda: model(**given), device))
+        return min(times)
 
 
 def elapsed(action: Callable[[], object], device: str) -> float:
@@ -242,21 +251,82 @@ def apart(action: Callable[..., Any], *arguments: Any) -> Any:
         return process.submit(action, *arguments).result()
 
 
-def attempt(name: str, case: str, options: argparse.Namespace) -> dict[str, float] | None:
+def attempt(model: str, case: str, options: argparse.Namespace) -> dict[str, Any] | None:
+    load, start = os.getloadavg()[0], time.monotonic()
     try:
-        return apart(measure, name, case, options)
+        figures = apart(measure_phm, options) if (model, case) == PHM else apart(measure, model, case, options)
     except Exception as error:  # a peer that fails is named, and the others go on
-        print(f"{name} {case}: {type(error).__name__}: {error}", file=sys.stderr)
+        print(f"{model} {case}: {type(error).__name__}: {error}", file=sys.stderr)
+        return None
+    return {**figures, "load": round(load, 2), "seconds": round(time.monotonic() - start, 1)}
+
+
+class Journal:
+    """What has been measured, one line of JSON each, so that a run that is cut loses no more than one measurement."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.path: Path = options.journal
+        self.settings = settings_of(options)
+        if options.fresh:
+            self.path.unlink(missing_ok=True)
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        known = [line for line in map(parsed, lines) if line and line["settings"] == self.settings]
+        self.figures: Figures = {(k["model"], k["case"], k["round"]): k["figures"] for k in known}
+
+    def add(self, model: str, case: str, number: int, figures: Any) -> None:
+        self.figures[model, case, number] = figures
+        line = {"model": model, "case": case, "round": number, "settings": self.settings, "figures": figures}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def parsed(line: str) -> Any:
+    """A line of the journal; the last one may have been cut off."""
+    try:
+        return json.loads(line)
+    except ValueError:
         return None
 
 
-def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    cases = [c for c in CASES[name] if not options.only or c in options.only or c == "lora"]
-    rounds: dict[str, list[Any]] = {case: [] for case in cases}
-    for _ in range(options.rounds):  # interleaved: a slow minute of the machine hits every case
-        for case in cases:
-            rounds[case].append(attempt(name, case, options))
-    rows = [summary(name, case, rounds[case], rounds["lora"]) for case in cases]
+def settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    """What a figure depends on, but for the noise."""
+    import hf_modular
+
+    code = [Path(__file__), *sorted((Path(hf_modular.__file__).parent / "adapters").glob("*.py"))]
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in code)).hexdigest()
+    about = {"steps": options.steps, "device": device_name(options.device), "code": digest[:16]}
+    return about | {name: version(name) for name in ("torch", "peft", "transformers")}
+
+
+def planned(options: argparse.Namespace) -> list[Step]:
+    """All measurements in their order. Interleaved: a slow minute of the machine hits every case."""
+    cases = [(model, c) for model in options.models for c in CASES[model] if in_use(c, options)]
+    return [(*case, number) for number in range(options.rounds) for case in [*cases, PHM]]
+
+
+def in_use(case: str, options: argparse.Namespace) -> bool:
+    return not options.only or case in options.only or case == "lora"
+
+
+def carry_out(plan: list[Step], journal: Journal, options: argparse.Namespace) -> None:
+    """Measure what is not in the journal yet, until the time is over."""
+    end = time.monotonic() + 60 * options.minutes
+    left = [step for step in plan if step not in journal.figures]
+    for done, (model, case, number) in enumerate(left):
+        if time.monotonic() > end:
+            print(f"{len(left) - done} of {len(plan)} measurements are left; run again to go on.", file=sys.stderr)
+            return
+        if figures := attempt(model, case, options):
+            journal.add(model, case, number, figures)
+            print(f"{done + 1}/{len(left)} {model} {case}: {figures['seconds']} s", file=sys.stderr)
+
+
+def rows_of(model: str, figures: Figures, options: argparse.Namespace) -> list[dict[str, Any]]:
+    def rounds(case: str) -> list[Any]:
+        return [figures.get((model, case, number)) for number in range(options.rounds)]
+
+    rows = [summary(model, case, rounds(case), rounds("lora")) for case in CASES[model] if in_use(case, options)]
     return [row for row in rows if row]
 
 
@@ -264,7 +334,7 @@ def summary(name: str, case: str, figures: list[Any], lora: list[Any]) -> dict[s
     pairs = [(f, base) for f, base in zip(figures, lora, strict=True) if f and base]
     if not pairs:
         return None
-    row: dict[str, Any] = {"model": name, "method": case, "trainable": pairs[0][0]["trainable"]}
+    row: dict[str, Any] = {"model": name, "method": case, "trainable": pairs[0][0]["trainable"], "rounds": len(pairs)}
     for key in COLUMNS:
         ratios = [f[key] / (base[key] if key in RATIOS else 1) for f, base in pairs if key in f]
         if ratios:
@@ -273,55 +343,36 @@ def summary(name: str, case: str, figures: list[Any], lora: list[Any]) -> dict[s
     return row
 
 
-def machine(options: argparse.Namespace) -> dict[str, Any]:
+def phm_of(figures: Figures, options: argparse.Namespace) -> dict[str, Any]:
+    """The medians over the rounds of what `measure_phm` gives."""
+    found = [figures[(*PHM, number)] for number in range(options.rounds) if (*PHM, number) in figures]
+    ways = {way: parts for way, parts in (found or [{}])[0].items() if isinstance(parts, dict)}
+    return {way: {part: statistics.median(f[way][part] for f in found) for part in ways[way]} for way in ways}
+
+
+def device_name(device: str) -> str:
     import torch
 
-    on_gpu = options.device != "cpu"
+    if device != "cpu":
+        return torch.cuda.get_device_name()
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if on_gpu else (cpu or [platform.machine()])[0],
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
+    )
+
+
+def results(journal: Journal, options: argparse.Namespace) -> dict[str, Any]:
+    figures = journal.figures
+    taken = [figures[step] for step in planned(options) if step in figures]
+    about = {
         "cores": os.cpu_count(),
         "threads": 1,
-        "load average at the start": os.getloadavg(),
-        **{name: version(name) for name in ("torch", "peft", "transformers")},
+        "highest load average": max((f["load"] for f in taken), default=None),
+        "minutes measured": round(sum(f["seconds"] for f in taken) / 60, 1),
     }
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    return markdown(["model", "method", "trainable", *COLUMNS], [cells(row) for row in rows])
-
-
-def cells(row: dict[str, Any]) -> list[str]:
-    ratios = [f"{row[key]:.2f}" if key in row else "-" for key in COLUMNS]
-    return [row["model"], row["method"], f"{row['trainable']:,}", *ratios]
-
-
-def phm_table(phm: dict[str, dict[str, float]]) -> str:
-    head = ["PHM 768 to 24, 12,800 tokens, ms", *next(iter(phm.values()))]
-    return markdown(head, [[way, *map(str, times.values())] for way, times in phm.items()])
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
-
-
-def chart(rows: list[dict[str, Any]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    figure, axes = plt.subplots(1, len(models), figsize=(4 * len(models), 4.5), squeeze=False, layout="constrained")
-    for axis, model in zip(axes[0], models, strict=True):
-        drawn = sorted((r for r in rows if r["model"] == model), key=lambda r: r["step"])
-        colours = ["#d1495b" if r["method"] in OURS else "#8d99ae" for r in drawn]
-        axis.barh([r["method"] for r in drawn], [r["step"] for r in drawn], color=colours)
-        axis.axvline(1.0, color="#2b2d42", linewidth=1)
-        axis.set(title=model, xlabel="training step, LoRA is 1 (red: hf_modular)")
-        axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=80)
+    rows = [row for model in options.models for row in rows_of(model, figures, options)]
+    settings = {"rounds": options.rounds, **journal.settings}
+    return {"machine": about, "settings": settings, "rows": rows, "phm": phm_of(figures, options)}
 
 
 def parse() -> argparse.Namespace:
@@ -330,15 +381,19 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", type=lambda s: s.split(","), default=list(CASES))
     parser.add_argument("--only", type=lambda s: s.split(","), default=None, help="these methods, and LoRA")
-    parser.add_argument("--quick", action="store_true", help="one round of fewer steps")
+    parser.add_argument("--quick", action="store_true", help="one round of fewer steps; the figures are rough")
     parser.add_argument("--rounds", type=int, default=None, help="3, or 1 if quick")
-    parser.add_argument("--steps", type=int, default=None, help="timed steps of a case: 5, or 3 if quick")
+    parser.add_argument("--steps", type=int, default=None, help="timed steps of a case: 4, or 2 if quick")
+    parser.add_argument("--minutes", type=float, default=20, help="after these, nothing new is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--cpu", type=int, default=None, help="the core to run on; the last one if not given")
-    parser.add_argument("--output", type=Path, default=HERE / "results")
+    parser.add_argument("--journal", type=Path, default=HERE.parent / ".peers" / "adapters.jsonl", help="what is done")
+    parser.add_argument("--fresh", action="store_true", help="measure anew what the journal has")
+    parser.add_argument("--output", type=Path, help="a folder; benchmarks/results, or the journal's if quick")
     options = parser.parse_args()
     options.rounds = options.rounds or (1 if options.quick else 3)
-    options.steps = options.steps or (3 if options.quick else 5)
+    options.steps = options.steps or (2 if options.quick else 4)
+    options.output = options.output or (options.journal.parent if options.quick else HERE / "results")
     if options.cpu is None and hasattr(os, "sched_getaffinity"):
         options.cpu = max(os.sched_getaffinity(0))
     return options
@@ -348,17 +403,11 @@ def main() -> None:
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     options = parse()
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    about, start = machine(options), time.time()
-    rows = [row for name in options.models for row in rows_of(name, options)]
-    phm = apart(measure_phm, options)
-    about |= {"load average at the end": os.getloadavg(), "minutes": round((time.time() - start) / 60, 1)}
-    settings = {"rounds": options.rounds, "steps": options.steps}
-    options.output.mkdir(exist_ok=True, parents=True)
-    text = json.dumps({"machine": about, "settings": settings, "rows": rows, "phm": phm}, indent=1)
-    (options.output / "adapters.json").write_text(text + "\n")
-    (options.output / "adapters.md").write_text(f"{table(rows)}\n\n{phm_table(phm)}\n")
-    chart(rows, options.output / "adapters.png")
-    print(table(rows), phm_table(phm), sep="\n\n")
+    journal = Journal(options)
+    carry_out(planned(options), journal, options)
+    from adapters_report import write
+
+    print(write(results(journal, options), COLUMNS, OURS, options.output))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +30,25 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=100)
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--output", type=Path, default=Path(__file__).resolve().parent / "results")
     parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.setting:
         print(json.dumps(measured(options)))
         return
     found = {setting: _in_a_process(setting, options) for setting in SETTINGS}
+    write(found, options)
     print(report(found, options.adapters))
+
+
+def write(found: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
+    """`many_adapters.json` and `many_adapters.md`."""
+    settings = {name: getattr(options, name) for name in ("adapters", "hidden", "layers")}
+    versions = {name: version(name) for name in ("torch", "peft", "transformers")}
+    options.output.mkdir(exist_ok=True, parents=True)
+    text = json.dumps({"settings": settings | versions, "bytes": found}, indent=1)
+    (options.output / "many_adapters.json").write_text(text + "\n", encoding="utf-8")
+    (options.output / "many_adapters.md").write_text(report(found, options.adapters) + "\n", encoding="utf-8")
 
 
 def _in_a_process(setting: str, options: argparse.Namespace) -> dict[str, int]:

@@ -139,7 +139,7 @@ class Plan:
 
 FULL = {
     "digits": Plan("digits", "", epochs=10),
-    "text": Plan("text", "", epochs=3, search_tasks=("verb",)),
+    "text": Plan("text", "", epochs=3, search_tasks=("verb",), tasks=("verb", "section", "match", "exception")),
 }
 
 
@@ -173,24 +173,10 @@ def load_suite(plan: Plan) -> Any:
         suite = digits.suite(folder, plan.tasks or digits.TASKS, plan.base_epochs)
     else:
         transformers_logging.set_verbosity_error()  # MiniLM has a pooling layer that is left out here
-        with precision():
-            suite = text.suite(folder, plan.tasks or tuple(text.docstrings.RECIPES))
+        suite = text.suite(folder, plan.tasks)
     if plan.rows:
         suite = replace(suite, tasks={name: task.first(*plan.rows) for name, task in suite.tasks.items()})
     return suite
-
-
-def in_bf16() -> bool:
-    """Whether this processor multiplies bf16 itself."""
-    import torch
-
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-def precision() -> Any:
-    import torch
-
-    return torch.autocast("cpu", torch.bfloat16, enabled=in_bf16())
 
 
 def key(job: Job) -> str:
@@ -198,7 +184,7 @@ def key(job: Job) -> str:
     suite, config = load_suite(job.plan), BY_NAME[job.case].config(job.plan.suite)
     facts = [
         "full" if config is None else {name: str(value) for name, value in sorted(config.to_dict().items())},
-        [job.case, job.seed, job.rate, job.plan.epochs, in_bf16() and job.plan.suite == "text"],
+        [job.case, job.seed, job.rate, job.plan.epochs, suite.in_bf16],
         [suite.tasks[job.task].sha256, suite.base_sha256, [version(name) for name in PACKAGES]],
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
@@ -211,26 +197,20 @@ def carry_out(job: Job) -> dict[str, Any]:
 
     from hf_modular.demo.training import calm, train, trainable
 
-    suite, half = load_suite(job.plan), in_bf16() and job.plan.suite == "text"
+    suite = load_suite(job.plan)
     task, config = suite.tasks[job.task], BY_NAME[job.case].config(job.plan.suite)
     with calm(), tempfile.TemporaryDirectory() as folder:
         set_seed(job.seed)
         model = suite.model(job.task)
         if config is not None:
             model.encoder = get_peft_model(model.encoder, config)
-        options = {"rate": job.rate, "epochs": job.plan.epochs, "seed": job.seed, "bf16": half}
+        options = {"rate": job.rate, "epochs": job.plan.epochs, "seed": job.seed, "bf16": suite.in_bf16}
         seconds = train(model, task.train.rows(), Path(folder), remove_unused_columns=False, **options)
-        val, test = (_correct(model, split, half) for split in (task.val, task.test))
+        with suite.precision():
+            val, test = (model.correct(split) for split in (task.val, task.test))
     about = {"suite": job.plan.suite, "case": job.case, "task": job.task, "seed": job.seed, "rate": job.rate}
     outcome = {"parameters": trainable(model), "seconds": seconds, "val": val.mean(dtype=float).item()}
     return {"key": key(job), **about, **outcome, "test": "".join("01"[right] for right in test.tolist())}
-
-
-def _correct(model: Any, split: Any, half: bool) -> Any:
-    import torch
-
-    with torch.autocast("cpu", torch.bfloat16, enabled=half):
-        return model.correct(split)
 
 
 class Ledger:
@@ -318,7 +298,7 @@ def run(plan: Plan, ledger: Ledger) -> dict[str, Any]:
     about = {name: {"sha256": t.sha256, "classes": list(t.classes), **sizes(t)} for name, t in suite.tasks.items()}
     settings = {name: value for name, value in asdict(plan).items() if name != "cache"}
     return {
-        "settings": settings | {"bf16": in_bf16() and plan.suite == "text"},
+        "settings": settings | {"bf16": suite.in_bf16},
         "base_sha256": suite.base_sha256,
         "tasks": about,
         "rows": [*frozen_rows(suite), *rows],
@@ -353,7 +333,8 @@ def _frozen_row(name: str, suite: Any, heads: dict[str, Any]) -> dict[str, Any]:
     for task, head in heads.items():
         model, splits = suite.model(task), suite.tasks[task]
         model.head = head
-        val, test = (_correct(model, split, in_bf16() and suite.name == "text") for split in (splits.val, splits.test))
+        with suite.precision():
+            val, test = (model.correct(split) for split in (splits.val, splits.test))
         parameters = 0 if name == "base" else head.weight.numel() + head.bias.numel()
         bits = "".join("01"[right] for right in test.tolist())
         about = {"parameters": parameters, "seconds": 0.0, "val": val.mean(dtype=float).item(), "test": bits}

@@ -1,59 +1,40 @@
-"""LoRA adapters of several tasks in one (RMM): each can be used at will, in one batch too, and had back as LoRA.
+"""LoRA adapters of several tasks in one (RMM): each can be used at will, in one batch with others, and had back.
 
-python examples/one_adapter_many_tasks.py
-python examples/one_adapter_many_tasks.py --base BASE --adapters ADAPTER_A ADAPTER_B ADAPTER_C --p 1
+python examples/one_adapter_many_tasks.py [MODEL]    # a language model's folder or Hub id; a tiny one by default
 """
 
-import argparse
+import sys
 import tempfile
-from pathlib import Path
 
-import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+from torch.optim import AdamW
+from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, set_seed
 
-import hf_modular
+from hf_modular import AdapterRecipe, RMMConfig, merge_adapter_files
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-parser.add_argument("--base", help="folder or Hub id; a tiny model of bytes is trained here and now by default")
-parser.add_argument("--adapters", nargs=3, help="folders or Hub ids; trained here and now by default")
-parser.add_argument("--p", type=int, default=1, help="directions in which the tasks may differ")
-args = parser.parse_args()
-work = Path(tempfile.mkdtemp())
-texts = {"code": "for i in range(10): ", "verse": "Tyger Tyger, burning", "letter": "Dear Sir or Madam, I"}
-batches = {name: torch.tensor([list(text.encode())]) for name, text in texts.items()}
+texts = {"letter": "Dear Sir or Madam, I", "diary": "Dear diary, today I", "verse": "Dear heart, the Tyger"}
+work = tempfile.mkdtemp()
+set_seed(0)
+tiny = LlamaConfig(vocab_size=384, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, initializer_range=0.1)
+base, tokenizer = AutoModelForCausalLM.from_config(tiny), ByT5Tokenizer()
+if sys.argv[1:]:
+    base, tokenizer = (kind.from_pretrained(sys.argv[1]) for kind in (AutoModelForCausalLM, AutoTokenizer))
 
-
-def train(model, tokens):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(40):
-        model(input_ids=tokens, labels=tokens).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
-
-
-def new_base():
+for task, text in texts.items():  # a LoRA adapter that knows it by heart
     set_seed(0)
-    tiny = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", vocab_size=256, **tiny))
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+    tokens, optimizer = tokenizer(text, return_tensors="pt"), AdamW(model.parameters(), lr=5e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(**tokens, labels=tokens.input_ids).loss.backward()
+        optimizer.step()
+    model.save_pretrained(f"{work}/{task}")
+    base = model.unload()
 
-
-if args.base is None:
-    args.base, args.adapters = str(work / "base"), [str(work / name) for name in texts]
-    train(new_base(), torch.arange(32, 127)[None]).save_pretrained(args.base)
-    for folder, tokens in zip(args.adapters, batches.values(), strict=True):
-        base = AutoModelForCausalLM.from_pretrained(args.base)
-        train(get_peft_model(base, LoraConfig(r=8, target_modules="all-linear")), tokens).save_pretrained(folder)
-
-recipe = {"merge_method": "rmm", "models": [{"model": name} for name in args.adapters], "parameters": {"p": args.p}}
-print(hf_modular.merge_adapter_files(recipe | {"warn_above": 1}, work / "rmm").summary())
-
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(args.base), work / "rmm")
-for task in model.tasks:
-    model.set_task(task)
-    losses = {name: round(model(input_ids=tokens, labels=tokens).loss.item(), 2) for name, tokens in batches.items()}
-    print(f"with the task {task}: {losses}")
-print("a task for each sample:", model(torch.cat([*batches.values()]), adapter_names=model.tasks).logits.shape)
-model.revert(model.tasks[0], work / "back")
-print("back as LoRA:", *sorted(path.name for path in (work / "back").iterdir()))
+recipe = AdapterRecipe.of(RMMConfig(p=1), [f"{work}/{task}" for task in texts], warn_above=1)
+print(merge_adapter_files(recipe, f"{work}/rmm").summary())
+model = PeftModel.from_pretrained(base, f"{work}/rmm")
+prompts = tokenizer(["Dear"] * 3, return_tensors="pt", add_special_tokens=False)
+print(tokenizer.batch_decode(model.generate(**prompts, adapter_names=model.tasks, max_length=20)))
+model.set_task("verse")  # from now on for every sample that names none
+model.revert("verse", f"{work}/verse-again")  # a LoRA adapter like any other

@@ -31,6 +31,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 STAGING = ".merge-in-progress"
 JOURNALED = 1 << 30  # bytes of complete tensors between two entries in the journal
 _JOURNAL, _LOCK = "journal", "lock"
+_ENDING = 0.5  # seconds that the children of a run that was killed may still take to end
 _WRITING, _REMOVING, _MOVING = "writing", "removing", "moving"
 
 DTYPES = {
@@ -168,7 +169,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
 
 
 class CheckpointWriter:
-    """A checkpoint in the making, to which several threads may write; used as a context.
+    """A checkpoint in the making, to which several threads, or children of the process, may write; used as a context.
 
     Shards, offsets and headers are planned from `tensors` before a byte is written, so a tensor can be
     written in any order and in pieces, but each element once. Everything lies in a folder inside the output folder
@@ -210,7 +211,6 @@ class CheckpointWriter:
         self._journal = Journal(self.staging / _JOURNAL, f"{identity}{json.dumps(layout)}")
         self._left = {name: tensor.nbytes for name, tensor in tensors.items()}
         self._ready: list[str] = []  # written, but perhaps not on the disk
-        self._counting = Lock()
         self._places: dict[str, tuple[int, int, TensorInfo]] = {}  # descriptor, first byte
         self._descriptors: list[int] = []
 
@@ -226,7 +226,7 @@ class CheckpointWriter:
         self.staging.mkdir(parents=True, exist_ok=True)
         self._running = FileLock(self.staging / _LOCK)
         try:
-            self._running.acquire(timeout=0)
+            self._running.acquire(timeout=_ENDING)
         except Timeout:
             raise ValueError(
                 f"another merge is writing to {self.folder}: wait for it or choose another folder"
@@ -271,7 +271,21 @@ class CheckpointWriter:
             _write(descriptor, _bytes(data), place + start * data.itemsize)
         except OSError as error:
             raise _named(error, self.folder) from error
-        self._count(name, data.nbytes)
+
+    def count(self, name: str, size: int) -> None:
+        """Note in the journal, a gigabyte at a time, which tensors are complete and on the disk.
+
+        For a run that may be resumed: one thread is told of each part of a tensor, whoever has written it.
+        """
+        self._left[name] -= size
+        if self._left[name] or self._join:
+            return
+        self._ready.append(name)
+        if sum(self._places[ready][2].nbytes for ready in self._ready) < JOURNALED:
+            return
+        noted, self._ready = self._ready, []
+        self.sync()
+        self._journal.finish(noted)
 
     def sync(self) -> None:
         """Wait until all that was written is on the disk."""
@@ -338,19 +352,6 @@ class CheckpointWriter:
             self._descriptors.append(descriptor)
             starts = _layout(tensors)[1]
             self._places |= {name: (descriptor, starts[name], tensor) for name, tensor in tensors.items()}
-
-    def _count(self, name: str, size: int) -> None:
-        """Note in the journal, a gigabyte at a time, which tensors are complete and on the disk."""
-        with self._counting:
-            self._left[name] -= size
-            if self._left[name] or self._join:
-                return
-            self._ready.append(name)
-            if sum(self._places[ready][2].nbytes for ready in self._ready) < JOURNALED:
-                return
-            noted, self._ready = self._ready, []
-        self.sync()
-        self._journal.finish(noted)
 
     def write_index(self) -> None:
         """Say which file holds which tensor, if there are several; `commit` does it."""

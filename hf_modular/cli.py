@@ -28,7 +28,9 @@ def merge(
     output: Annotated[Path, typer.Argument(help="A folder that is absent or empty.")],
     seed: Annotated[int | None, typer.Option(help="For random methods; the recipe's by default.")] = None,
     device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
-    workers: Annotated[int | None, typer.Option(min=1, help="Threads; as many as cores by default.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="How many work at a time; as many as cores by default.")
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="The largest file of weights.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a checkpoint in the folder.")] = False,
     hashes: Annotated[bool, typer.Option(help="Note the SHA-256 of all weights in the report.")] = True,

@@ -26,7 +26,10 @@ MAY_IMPORT = {
     "calibration": {"_batches", "checkpoints", "merging"},
     "searching": {"_batches", "merging", "fisher"},
 }
-METHOD_MACHINERY = {"adapters": {"_method"}, "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"}}
+METHOD_MACHINERY = {
+    "adapters": {"_method", "_kept"},
+    "merging": {"_method", "_sparsify", "_consensus", "_gram", "_select"},
+}
 # The packages of merging, each of which imports only those before it.
 MERGING = ("recipes", "sources", "engine", "assembly", "runs")
 

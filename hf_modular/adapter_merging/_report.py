@@ -26,7 +26,8 @@ class AdapterReport:
             The type of the result.
         layers (`dict[str, dict]`):
             For each layer its `rank`, if it has one, and its relative `error`: the norm of what the result's change
-            of the layer lacks over the norm of the wanted change, before the result was rounded to its dtype.
+            of the layer lacks over the norm of the wanted change, and 1 for a change where none was wanted. Of what
+            is fitted it is that before the rounding to its dtype, of RMM that after it.
         error (`float`):
             The relative error of all layers together.
         settings (`dict`):
@@ -79,8 +80,8 @@ def errors(fitted: Mapping[str, Fitted]) -> tuple[dict[str, dict[str, Any]], flo
 
 
 def relative(error: float, norm: float) -> float:
-    """√(error / norm), 0 for a change that is nothing."""
-    return (error / norm) ** 0.5 if norm > 0 else 0.0
+    """√(error / norm); where nothing was wanted, 1 for anything else."""
+    return (error / norm) ** 0.5 if norm > 0 else float(error > 0)
 
 
 def warn_of(report: AdapterReport, threshold: float, remedy: str) -> None:

@@ -21,7 +21,7 @@ from hf_modular.adapter_merging._matrix import LowRank, Matrix, balanced, square
 from hf_modular.adapter_merging._report import AdapterReport, relative
 from hf_modular.adapter_merging._result import Result, dressed, in_dtype, notes_on
 from hf_modular.adapter_merging._rmm_config import RMMConfig
-from hf_modular.adapter_merging._source import PREFIX, Base, Source, all_sites
+from hf_modular.adapter_merging._source import PREFIX, Base, Source, all_sites, widest
 from hf_modular.adapters import RMMAdapterConfig
 from hf_modular.adapters._method import Site
 
@@ -76,6 +76,10 @@ class _Reversible:
         report = self._report(layers)
         return Result(self._adapter_config(layers, report), in_dtype(tensors, self.sources), report)
 
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        return widest(source.dtype for source in self.sources)
+
     def _layer(self, site: Site) -> "_Layer":
         given = {
             i: LayerChange.of(s, site, self.config.rank) for i, s in enumerate(self.sources) if site.name in s.sites
@@ -87,6 +91,7 @@ class _Reversible:
         A, B = (torch.stack(factors) for factors in zip(*pairs, strict=True))  # (n, r, positions)
         by = self.config.granularity
         parts = decomposed([A, B], min(self.p, r) if by == "position" else self.p, by)
+        parts = [Parts(*(tensor.to(self.dtype) for tensor in part)) for part in parts]
         own = sum(change.kept.rank * sum(change.kept.shape) for change in changes)
         return _Layer(r, own, parts, by, [*_distances(parts, changes)])
 
@@ -232,5 +237,5 @@ def _padded(factor: Tensor, r: int) -> Tensor:  # (rank, positions) -> (r, posit
 
 def _distances(parts: Sequence[Parts], changes: Sequence[LayerChange]) -> Iterator[tuple[float, float]]:
     for i, change in enumerate(changes):
-        A, B = (restored(part.mean, part.basis, part.coefficients[i]) for part in parts)
-        yield change.distance(A, B)
+        stored = ([tensor.to(change.kept.up) for tensor in (p.mean, p.basis, p.coefficients[i])] for p in parts)
+        yield change.distance(*(restored(*tensors) for tensors in stored))

@@ -44,5 +44,5 @@ def run(
         device=torch.device("cpu"),
     )
     with Workers(None) as pool:
-        engine.run(output, pool, progress=lambda done: None)
+        engine.run(output, pool, progress=lambda name, size: None)
     return [*engine.notes]

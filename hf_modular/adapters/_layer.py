@@ -82,10 +82,11 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         return [adapter for adapter in found if adapter is not None]
 
     def _named(self, name: str) -> Adapter | None:
-        if name in self.adapters:
-            return self.adapters[name]  # type: ignore[return-value]
-        active = (self.adapters[adapter] for adapter in self.active_adapters if adapter in self.adapters)
-        return next((adapter.for_task(name) for adapter in active if name in adapter.tasks), None)  # type: ignore
+        adapters = self.adapters
+        if name in adapters:
+            return adapters[name]  # type: ignore[return-value]
+        active = (adapters[adapter] for adapter in self.active_adapters if adapter in adapters)
+        return next((adapter.at_task(name) for adapter in active if name in adapter.tasks), None)  # type: ignore
 
     # -- forward ---------------------------------------------------------------------------------------------
 
@@ -111,29 +112,30 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         """Run the adapters one after the other on the output, the channels moved to the last axis."""
         if not adapters:
             return y
-        dtype = y.dtype
-        out = y.movedim(self.layout.channel, -1)
+        dtype, channel = y.dtype, self.layout.channel
+        out = y if channel == -1 else y.movedim(channel, -1)
         convolve = self._convolve if self.site.kind == "Conv" and self.site.plain else None
         for adapter in adapters:
             out = adapter(self._cast_input(x, adapter), out, convolve)
-        return out.movedim(-1, self.layout.channel).to(dtype)
+        return (out if channel == -1 else out.movedim(-1, channel)).to(dtype)
 
     def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
         return self.base_layer._conv_forward(x, weight, None)  # type: ignore[operator]
 
     def _cast_input(self, x: Tensor, adapter: Adapter) -> Tensor:
-        parameter = next(adapter.parameters(), None)
-        if parameter is None or not x.is_floating_point():
+        parameter = first_parameter(adapter)
+        if parameter is None or parameter.dtype == x.dtype or not x.is_floating_point():
             return x
         return self._cast_input_dtype(x, parameter.dtype)
 
     def _mixed_forward(self, x: Tensor, args: Any, kwargs: Any, names: list[str]) -> Tensor:
         """Each sample of the batch with the adapter of its name; the first axis of `x` is the batch."""
         self._check_mixed(x, names)
-        rows = {name: [i for i, n in enumerate(names) if n == name] for name in dict.fromkeys(names)}
-        groups = [([] if name == BASE else self._chosen([name]), index) for name, index in rows.items()]
+        groups = self._groups(names)
         if all(adapter.direct for chosen, _ in groups for adapter in chosen):
             y = self.base_layer(x, *args, **kwargs)
+            if len(groups) == 1:  # and so all samples in their order
+                return self._act_on_output(groups[0][0], x, y)
             for chosen, index in groups:
                 y[index] = self._act_on_output(chosen, x[index], y[index])
             return y
@@ -142,6 +144,20 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         for (_, index), part in zip(groups, parts, strict=True):
             y[index] = part.to(y.dtype)
         return y
+
+    def _groups(self, names: list[str]) -> list[tuple[list[Adapter], list[int]]]:
+        """The samples that are treated in one go: those of one name, or of several tasks of an adapter that mixes."""
+        mixing = next((adapter for adapter in self._chosen(self.active_adapters) if adapter.mixes), None)
+        tasks = set() if mixing is None else {name for name in names if name in mixing.tasks}
+        rows: dict[str | None, list[int]] = {}  # None: of all tasks
+        for i, name in enumerate(names):
+            rows.setdefault(None if len(tasks) > 1 and name in tasks else name, []).append(i)
+        return [(self._of_samples(name, mixing, [names[i] for i in index]), index) for name, index in rows.items()]
+
+    def _of_samples(self, name: str | None, mixing: Any, names: list[str]) -> list[Adapter]:
+        if name is None:
+            return [mixing.at_tasks(names)]
+        return [] if name == BASE else self._chosen([name])
 
     def _check_mixed(self, x: Tensor, names: list[str]) -> None:
         # the first sentences are PEFT's, which callers know
@@ -365,6 +381,15 @@ def call_with(layer: nn.Module, tensors: dict[str, Tensor], args: Any, kwargs: A
         for name in tensors:
             del layer.__dict__[name]
         layer.__dict__.update(shadows)
+
+
+def first_parameter(module: nn.Module) -> nn.Parameter | None:
+    """As `next(module.parameters())`, which takes as long as a small layer."""
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            return parameter
+    found = (first_parameter(child) for child in module._modules.values() if child is not None)
+    return next((parameter for parameter in found if parameter is not None), None)
 
 
 def at_least_fp32(tensor: Any) -> Any:

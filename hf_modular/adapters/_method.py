@@ -258,6 +258,8 @@ class Adapter(nn.Module):
     on_linear: bool = False
     tasks: tuple[str, ...] = ()  # for an adapter that holds several, of which `task` is in use
     task: int = 0
+    mixes: bool = False  # whether each sample of a batch can be at a task of its own, one of `sample_tasks`
+    sample_tasks: list[int] | None = None
 
     def __init__(self, config: Any, site: Site, shared: Any = None) -> None:
         super().__init__()
@@ -267,10 +269,16 @@ class Adapter(nn.Module):
         """The adapter of one layer, for a method that needs another one on some."""
         return cls(config, site, *shared)
 
-    def for_task(self, task: str) -> Self:
+    def at_task(self, task: str) -> Self:
         """This adapter, with its very parameters, at another of its tasks."""
         view = copy.copy(self)
         view.task = self.tasks.index(task)
+        return view
+
+    def at_tasks(self, tasks: Sequence[str]) -> Self:
+        """The same at a task for each sample of a batch."""
+        view = copy.copy(self)
+        view.sample_tasks = [self.tasks.index(task) for task in tasks]
         return view
 
     @staticmethod

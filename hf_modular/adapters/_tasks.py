@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_modular.adapters._convert import to_lora
 from hf_modular.adapters._method import Adapter, Site
 from hf_modular.adapters._peft import AdapterModel
+from hf_modular.checkpoints import refuse_occupied
 
 
 class TasksModel(AdapterModel):
@@ -29,8 +30,7 @@ class TasksModel(AdapterModel):
     @property
     def task(self) -> str:
         """The one that is used."""
-        config = self.peft_config[self._one()]
-        return str(config.task or config.tasks[0])
+        return self._used(self._one())
 
     def set_task(self, task: str, adapter_name: str | None = None) -> None:
         """Use this task from now on.
@@ -41,8 +41,7 @@ class TasksModel(AdapterModel):
         name = self._one(adapter_name)
         config = self.peft_config[name]
         self._require(task, config.tasks)
-        if merged := [layer.site.name for layer in self._layers() if name in layer.merged_adapters]:
-            raise ValueError(f"Adapter {name!r} is merged into '{merged[0]}': call `unmerge_adapter` first.")
+        self._require_unmerged(name)
         for adapter in self._holders(name):
             adapter.task = adapter.tasks.index(task)
         config.task = task
@@ -62,6 +61,7 @@ class TasksModel(AdapterModel):
     ) -> None:
         """Store one task more; the relative error is what is already known of it."""
         name = self._one(adapter_name)
+        self._require_unmerged(name)
         config = self.peft_config[name]
         changed = {layer: [*rows, len(factors[layer][0])] for layer, rows in config.whole.items()}
         new = replace(config, tasks=[*config.tasks, task], errors={**config.errors, task: error}, whole=changed)
@@ -81,7 +81,8 @@ class TasksModel(AdapterModel):
         config = self.peft_config[name]
         if not tasks:
             raise ValueError(f"An adapter must hold a task, but {config.tasks} are all: delete the adapter instead.")
-        used = self.task if self.task in tasks else tasks[0]
+        self._require_unmerged(name)
+        used = self._used(name) if self._used(name) in tasks else tasks[0]
         rows = [config.tasks.index(task) for task in tasks]
         for adapter in self._holders(name):
             adapter.resized(list(tasks), torch.tensor(rows))  # type: ignore[operator]
@@ -90,16 +91,23 @@ class TasksModel(AdapterModel):
         config.whole = {layer: [outputs[row] for row in rows] for layer, outputs in config.whole.items()}
         self.set_task(used, name)
 
-    def revert(self, task: str, save_directory: str | Path, adapter_name: str | None = None) -> None:
-        """Write one task as a LoRA adapter that plain PEFT loads."""
-        name = self._one(adapter_name)
-        used = self.task
+    def revert(
+        self, task: str, save_directory: str | Path, adapter_name: str | None = None, *, overwrite: bool = False
+    ) -> None:
+        """Write one task as a LoRA adapter that plain PEFT loads, into a folder that is absent or empty.
+
+        Raises:
+            ValueError: If the adapter has no such task or is merged into the model, or if there is something in the
+                folder that is not to be overwritten.
+        """
+        name, folder = self._one(adapter_name), Path(save_directory)
+        refuse_occupied(folder, overwrite=overwrite)
+        used = self._used(name)
         self.set_task(task, name)
         try:
             config, tensors = to_lora(self.model, name)
         finally:
             self.set_task(used, name)
-        folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         config.save_pretrained(str(folder))
         save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
@@ -125,6 +133,14 @@ class TasksModel(AdapterModel):
         if len(names) != 1 or names[0] not in self.peft_config:
             raise ValueError(f"One adapter of {[*self.peft_config]} must be meant, but got {list(names)}.")
         return str(names[0])
+
+    def _used(self, name: str) -> str:
+        config = self.peft_config[name]
+        return str(config.task or config.tasks[0])
+
+    def _require_unmerged(self, name: str) -> None:
+        if merged := [layer.site.name for layer in self._layers() if name in layer.merged_adapters]:
+            raise ValueError(f"Adapter {name!r} is merged into '{merged[0]}': call `unmerge_adapter` first.")
 
     def _require(self, task: str, tasks: Sequence[str]) -> None:
         if task not in tasks:

@@ -182,8 +182,9 @@ class PHM(nn.Module):
             self.W = _xavier(n, rows, columns)
         self.A = None if config.shared_rule else _rule(config, 0.01)
         self.bias = nn.Parameter(torch.zeros(out_features))
+        # twice: to build H costs more small operations, and the wider products are the faster ones
         cost = n * rank * in_features + n**2 * rank * out_features
-        cheaper = config.factorized and cost < in_features * out_features
+        cheaper = config.factorized and cost < 2 * in_features * out_features
         self.fast = cheaper if config.fast == "auto" else bool(config.fast)
 
     def forward(
@@ -191,24 +192,23 @@ class PHM(nn.Module):
         x: Tensor,  # (*, in)
         rule: Tensor | None,  # (n, n, n), the shared one
     ) -> Tensor:  # (*, out)
-        x, matrix = self._factors(x, cast(Tensor, self.A if rule is None else rule))
-        if len(matrix) >= matrix.shape[1]:
-            return F.linear(x, matrix.T, self.bias)
-        # the bias as one more row: neither adding it nor its gradient then passes over the larger output
-        return F.pad(x, (0, 1), value=1.0) @ torch.cat([matrix, self.bias.unsqueeze(0)])
+        A = cast(Tensor, self.A if rule is None else rule)
+        x, matrix = self._factors(x, A) if self.fast else (x, self._matrix(A))
+        return F.linear(x, matrix.T, self.bias)
 
-    def _factors(self, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:  # (*, k), (k, out)
-        """What x H is the product of: X S and the rows of all Aᵢ ⊗ Tᵢ if fast, else x and H."""
-        if not self.factorized:
-            H = A.flatten(1).T @ self.W.flatten(1)  # (a·c, k·p)
-            return x, H.view(*A.shape[1:], *self.W.shape[1:]).transpose(1, 2).flatten(2).flatten(0, 1)
-        S = self.S.transpose(0, 1).flatten(1)  # (in/n, i·rank)
-        AT = A.flatten(1)[:, None, :, None] * self.T[:, :, None]  # (i, rank, a·c, p)
-        AT = AT.view(S.shape[1], len(A), len(self.bias))  # (i·rank, a, out)
-        if self.fast:
-            return (x.reshape(-1, len(S)) @ S).view(*x.shape[:-1], -1), AT.transpose(0, 1).flatten(0, 1)
-        H = S @ AT.flatten(1)
-        return x, H.view(len(S), *AT.shape[1:]).transpose(0, 1).flatten(0, 1)
+    def _factors(self, x: Tensor, A: Tensor) -> tuple[Tensor, Tensor]:  # (*, n·n·rank), (n·n·rank, out)
+        """X S, and the rows of all Aᵢ ⊗ Tᵢ."""
+        n, rows = len(A), self.S.shape[1]
+        S = self.S.mT.reshape(-1, rows)  # few rows and not few columns, which products are several times slower with
+        low = F.linear(x.reshape(-1, rows), S).view(*x.shape[:-1], -1)
+        matrix = A.transpose(0, 1).view(n, n, 1, n, 1) * self.T.unsqueeze(2)  # (a, i, rank, c, p)
+        return low, matrix.reshape(low.shape[-1], -1)
+
+    def _matrix(self, A: Tensor) -> Tensor:  # (in, out)
+        """H."""
+        W = self.S @ self.T if self.factorized else self.W
+        H = A.flatten(1).T @ W.flatten(1)  # (a·c, k·p)
+        return H.view(*A.shape[1:], *W.shape[1:]).transpose(1, 2).flatten(2).flatten(0, 1)
 
 
 class Compacter(Adapter):

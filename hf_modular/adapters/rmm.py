@@ -9,12 +9,14 @@ what adapters have trained whole, such as heads, is kept whole for each task.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Self, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_modular._reversible import GRANULARITIES, Granularity, projected, restored
+from hf_modular.adapters._kept import Kept
 from hf_modular.adapters._method import (
     Adapter,
     AdapterConfig,
@@ -115,6 +117,11 @@ class Stored(nn.Module):
     def restored(self, coefficients: Tensor) -> Tensor:  # (p, positions or 1) -> (r, positions)
         return restored(self.mean, self.basis, coefficients)
 
+    def for_each(self, tasks: list[int], coefficients: Tensor | None) -> Tensor:  # (p, n, 1, positions or 1)
+        """The coefficients of n samples."""
+        chosen = self.coefficients if coefficients is None else coefficients
+        return chosen[tasks].transpose(0, 1).unsqueeze(2)  # type: ignore[index]
+
 
 class RMM(LowRank):
     """One RMM adapter: the factors `A` (positions: in · kernel) and `B` (positions: out), transposed.
@@ -132,6 +139,8 @@ class RMM(LowRank):
         self.coefficients = nn.Parameter(shared) if config.granularity == "layer" else None
         self.tasks = tuple(config.tasks)
         self.task = self.tasks.index(config.task or self.tasks[0])
+        self.mixes = self.direct and site.kind == "Linear"
+        self._kept = Kept[Factors]()  # of the task in use
         self._start(config)
 
     @classmethod
@@ -147,12 +156,43 @@ class RMM(LowRank):
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
     def factors(self) -> Factors:
+        modules = (self, *self._modules.values())  # A and B
+        own = [p for module in modules for p in module._parameters.values() if p is not None]  # type: ignore[union-attr]
+        return self._kept.get(self.task, own, self._built)
+
+    def _built(self) -> Factors:
         A = self.A.at(self.task, self.coefficients).unflatten(1, self.columns)
         B = self.B.at(self.task, self.coefficients).t()
         return Factors(B, None, A) if A.ndim == 2 else Factors(B, A, None)
 
     def scaled(self) -> Factors:
         return self.factors()  # the scaling of each adapter is in its B
+
+    def _looked_up(self, x: Tensor) -> Tensor:
+        if self.sample_tasks is None:
+            return super()._looked_up(x)
+        flat = self._drop(x).flatten(1, -2) if x.ndim > 2 else self._drop(x).unsqueeze(1)  # (n, tokens, in)
+        each = [part.for_each(self.sample_tasks, self.coefficients) for part in (self.A, self.B)]
+        way = self._by_scaling if flat.shape[1] < self.rank else self._by_building
+        return way(flat, *each).view(*x.shape[:-1], -1)
+
+    def _by_building(self, x: Tensor, for_A: Tensor, for_B: Tensor) -> Tensor:
+        """With the factors of each sample, (n, r, positions)."""
+        return x @ self.A.restored(for_A).mT @ self.B.restored(for_B)
+
+    def _by_scaling(self, x: Tensor, for_A: Tensor, for_B: Tensor) -> Tensor:
+        """With the coefficients put to the input and to the output, which for few tokens is less than the factors."""
+        low = F.linear(x, self.A.mean)
+        for direction, number in zip(self.A.basis, for_A, strict=True):
+            low = low + F.linear(x * number, direction)
+        y = low @ self.B.mean
+        for direction, number in zip(self.B.basis, for_B, strict=True):
+            y = torch.addcmul(y, low @ direction, number)
+        return y
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:  # casts and moves
+        self._kept.clear()
+        return super()._apply(fn, recurse)
 
     @property
     def rank(self) -> int:

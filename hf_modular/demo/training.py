@@ -181,6 +181,7 @@ def train(
     rate: float,
     epochs: float,
     seed: int,
+    optimizer: torch.optim.Optimizer | None = None,  # AdamW if it is not given
     **options: Any,  # of `TrainingArguments`
 ) -> float:
     """Train what wants gradients, with cosine decay after a warm-up, and return the CPU seconds."""
@@ -199,7 +200,7 @@ def train(
         disable_tqdm=True,
         **options,
     )
-    trainer = Trainer(model, arguments, train_dataset=rows)
+    trainer = Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
     trainer.remove_callback(PrinterCallback)
     started = time.process_time()
     trainer.train()

@@ -26,7 +26,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_modular.merging._method import RUN, MergeMethod, Stack, Stacks, total_weight
+from hf_modular.merging._method import MergeMethod, Stack, Stacks, total_weight, weighted_sum
 
 Election = Literal["none", "symmetric", "mergekit"]
 Rescale = Literal["none", "inverse", "norm"]
@@ -97,26 +97,24 @@ class SparseTaskVectors(MergeMethod):
     def fused(self, stack: Stack, kept: Iterable[Tensor], ratios: Sequence[float] | None) -> Tensor:  # (*shape)
         """Thin task vectors, which it uses up, as one merged model."""
         weights = stack.weights.tolist()
-        scales = (weight * factor for weight, factor in zip(weights, ratios or self._factors(stack), strict=True))
-        terms = [term.mul_(scale) for term, scale in zip(kept, scales, strict=True)]
-        merged = torch.empty(stack.base.shape, dtype=stack.base.dtype, device=stack.base.device)
-        divisor = total_weight(stack.weights) if self.normalize and self.election == "none" else 1.0
-        for result, base, *run in zip(*map(_runs, (merged, stack.base, *terms)), strict=True):
-            torch.add(self._combined(run, weights, divisor), base, out=result)
-        return merged
+        scales = [weight * factor for weight, factor in zip(weights, ratios or self._factors(stack), strict=True)]
+        if self.election == "none":
+            combined = weighted_sum(scales, kept)
+            if self.normalize:
+                combined.div_(total_weight(stack.weights))
+        else:
+            terms = [_scaled(term, scale) for term, scale in zip(kept, scales, strict=True)]
+            combined = self._voted(terms, weights)
+        return _scaled(combined, self.scale).add_(stack.base)
 
     def _factors(self, stack: Stack) -> list[float]:
         """cᵢ without "norm"."""
         return [self.inverse(density) if self.rescale == "inverse" else 1.0 for density in self.densities(stack)]
 
-    def _combined(self, terms: Sequence[Tensor], weights: Sequence[float], divisor: float) -> Tensor:  # (size,)
-        """λ d"""
-        total = summed(terms)
-        if self.election == "none":
-            return _scaled(total if divisor == 1 else total.div_(divisor), self.scale)
+    def _voted(self, terms: Sequence[Tensor], weights: Sequence[float]) -> Tensor:  # (*shape)
+        """Σᵢ Aᵢ tᵢ, with normalize divided by Σᵢ Aᵢ |wᵢ|"""
         shares = weights if self.election == "mergekit" else [abs(weight) for weight in weights]
-        agreed = agreeing(terms, elected(total, self.election), shares if self.normalize else None)
-        return _scaled(agreed, self.scale)
+        return agreeing(terms, elected(summed(terms), self.election), shares if self.normalize else None)
 
 
 def rescale_word(value: bool | str) -> Any:
@@ -155,11 +153,6 @@ def agreeing(terms: Iterable[Tensor], signs: Tensor, shares: Sequence[float] | N
     if min(shares) > 0:
         return total.div_(divisor.clamp_(min=min(shares)))  # where nobody agrees, 0 is divided by anything
     return total.div_(divisor.add_(torch.eq(divisor, 0, out=scratch)))
-
-
-def _runs(x: Tensor) -> Sequence[Tensor]:
-    """A few elements at a time, which stay in a core's cache."""
-    return x.reshape(-1).split(2 * RUN)
 
 
 def _scaled(x: Tensor, scale: float) -> Tensor:

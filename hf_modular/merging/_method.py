@@ -22,17 +22,16 @@ from hf_modular.merging import _random
 
 CONFIG_NAME = "merge_config.json"
 
-# Few elements fit the cache of a core, but threads meet at Python's lock between any two operations, and the shorter
-# these are, the more they wait for each other: with blocks of 1 << 17, two threads take half as long again.
-RUN = 1 << 17  # elements of a run, which a long computation takes at a time
-BLOCK = 1 << 19  # elements of a block, which a thread takes at a time
+RUN = 1 << 17  # elements of a run, which a long computation takes at a time, so that they stay near a core's cache
+BLOCK = 1 << 17  # elements of a block, which a survey sees at a time
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """One tensor, or a run of its elements, of the base and of all n models, in fp32 (fp64 where an input is).
+    """One tensor, or a run of its elements, of the base and of all n models, in fp32 (fp64 where an input is, or the
+    method wants it).
 
     A method changes nothing that it is given. `shape` is the tensor's own for most methods; for an elementwise
     one it may be that of a flat chunk of any length.
@@ -196,6 +195,7 @@ class MergeMethod(MergeSettings, ABC):
     """Settings as dataclass fields, `merge` as the mathematics of one stack of tensors."""
 
     takes_weights: ClassVar[bool] = True  # else the models must not have any
+    in_fp64: ClassVar[bool] = False  # for a formula so short that the arithmetic costs less than to read and write
 
     @property
     def needs(self) -> frozenset[str]:

@@ -20,6 +20,7 @@ from torch import Tensor
 _WORD = 8  # bytes that the generator makes at a time
 _PERIOD = 1 << 128
 _STREAMS = 64  # generators that a thread keeps
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _KEPT = local()
 
 
@@ -34,8 +35,8 @@ def bernoulli(key: str, start: int, count: int, p: float) -> Tensor:
     drawn = _lanes(key, start, count, "u1")
     true = drawn < sure
     if threshold > sure:
-        undecided = np.flatnonzero(drawn == sure)
-        true[undecided] = _hashed(key, start + undecided) < (threshold - sure)
+        undecided = (drawn == sure).nonzero()[0]
+        true[undecided] = _hashed(key, start, undecided) < np.uint64((threshold - sure) * 2**64)
     return torch.from_numpy(true)
 
 
@@ -84,18 +85,18 @@ class _Stream:
         return words
 
 
-def _hashed(key: str, indices: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """A number in [0, 1) for each of a few scattered elements: the finaliser of SplitMix64 over key + index."""
-    z = indices.astype(np.uint64)
-    z *= np.uint64(0x9E3779B97F4A7C15)
-    z += np.uint64(_digest(f"{key}\0undecided")[0] % 2**64)
+def _hashed(key: str, start: int, places: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """64 bits for each of a few scattered elements: the finaliser of SplitMix64 over key + index, as far as it changes
+    the leading half.
+    """
+    z = places.astype(np.uint64)
+    z *= _GOLDEN
+    z += np.uint64((_digest(f"{key}\0undecided")[0] + start * int(_GOLDEN)) % 2**64)
     z ^= z >> np.uint64(30)
     z *= np.uint64(0xBF58476D1CE4E5B9)
     z ^= z >> np.uint64(27)
     z *= np.uint64(0x94D049BB133111EB)
-    z ^= z >> np.uint64(31)
-    z >>= np.uint64(11)
-    return z * 2.0**-53
+    return z
 
 
 @lru_cache(maxsize=256)

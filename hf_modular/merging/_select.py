@@ -18,13 +18,13 @@ from torch import Tensor
 from hf_modular.merging._method import Stack, Stacks
 
 Array = np.ndarray[Any, Any]
-Rows = Callable[[Stack], Tensor]  # the numbers that a stack gives, (n, size)
+Rows = Callable[[Stack], Iterable[Tensor]]  # the numbers that a stack gives, a tensor for each model; used up
 Ranks = Callable[[int], Sequence[int]]  # how many numbers a model has -> the ranks wanted, 0 for the smallest
 
 _BITS = 24  # all windows together have at most 2**_BITS bins
 _FLOAT32 = 29  # the lowest bits of a key, 0 for all that fp32 holds
 _INFINITY = 0x7FF << 52  # the key of infinity
-_SPREAD = 12  # standard deviations of a sample's quantile that a guess leaves to each side
+_SPREAD = 8  # standard deviations of a sample's quantile that a guess leaves to each side
 
 
 class Window(NamedTuple):
@@ -37,6 +37,19 @@ class Window(NamedTuple):
     @property
     def stop(self) -> int:
         return self.start + (self.bins << self.shift)
+
+    def place(self, numbers: Array) -> tuple[int, Array]:
+        """How many numbers precede the window, and the bins of those in it, or how many they are if it has one bin."""
+        if not self.bins:
+            return 0, np.empty(0, np.int32)
+        low, high = (_at_least(key, numbers.dtype) for key in (self.start, self.stop))
+        reached = numbers >= low
+        inside = reached > (numbers >= high)
+        before = numbers.size - int(np.count_nonzero(reached))
+        if self.bins == 1:  # as around a frequent number, such as the 0 of what was not trained
+            return before, np.array([np.count_nonzero(inside)])
+        bins = (_keys(numbers.compress(inside)) >> self.shift) - (self.start >> self.shift)
+        return before, bins.astype(np.int32)
 
     def narrowed(self, chosen: int, shift: int) -> "Window":
         """One of the bins, divided anew."""
@@ -51,116 +64,106 @@ Aim = float | Window  # the number of a rank, or where to look for it
 def order_statistics(stacks: Stacks, rows: Rows, ranks: Ranks) -> list[list[float]]:
     """For each model the numbers of the given ranks among all that `rows` gives."""
     aims = _guesses(stacks.sample(), rows, ranks)
+    bits = _bits(sum(map(len, aims)))
     while any(isinstance(aim, Window) for row in aims for aim in row):
-        tally = _Tally(aims)
-        for parts in stacks.map(partial(_measure, rows=rows, searches=tally.searches)):
-            for part in parts:
+        tallies = [_Tally(row) for row in aims]
+        windows = [[search.window for search in tally.searches] for tally in tallies]
+        for parts in stacks.map(partial(_measure, rows=rows, windows=windows)):
+            for tally, part in zip(tallies, parts, strict=False):  # none of a stack without elements
                 tally.add(part)
-        aims = tally.look_up(ranks)
-    return [[aim for aim in model if not isinstance(aim, Window)] for model in zip(*aims, strict=True)]
+        aims = [tally.look_up(ranks, bits) for tally in tallies]
+    return [[aim for aim in row if not isinstance(aim, Window)] for row in aims]
 
 
 class _Part(NamedTuple):
-    """What a pass notes of some of the numbers."""
+    """What a pass notes of some of a model's numbers."""
 
     size: int
-    low: Array  # (n,)
-    high: Array  # (n,)
+    low: float
+    high: float
     fp32: bool
-    places: list[tuple[Array, Array]]  # for each rank: how many precede each model's window, the bins of those in it
+    places: list[tuple[int, Array]]  # in the window of each rank
 
 
 class _Search:
-    """One rank's windows, one for each model, and what a pass finds in them; their bins lie one after the other."""
+    """What a pass finds in the window of one rank."""
 
-    def __init__(self, aims: Sequence[Aim]) -> None:
-        self.aims = aims
-        self.windows = tuple(aim if isinstance(aim, Window) else NOWHERE for aim in aims)
-        bins = [window.bins for window in self.windows]
-        self.offsets = np.cumsum([0, *bins[:-1]])
-        self.shifts = np.array([window.shift for window in self.windows])
-        self.starts = np.array([window.start >> window.shift for window in self.windows]) - self.offsets
-        self.before = np.zeros(len(bins), np.int64)
-        self.counts = np.zeros(sum(bins), np.int64)
+    def __init__(self, aim: Aim) -> None:
+        self.aim = aim
+        self.window = aim if isinstance(aim, Window) else NOWHERE
+        self.before = 0
+        self.counts = np.zeros(self.window.bins, np.int64)
 
-    def place(self, numbers: Array) -> tuple[Array, Array]:
-        """How many of each model's numbers (n, size) precede its window, and the bins of those in it."""
-        low, high = _limits(self.windows, numbers.dtype)
-        reached = numbers >= low
-        inside = reached & (numbers < high)
-        found = [np.count_nonzero(row) for row in inside]
-        bins = (_keys(numbers.take(np.flatnonzero(inside))) >> self.shifts.repeat(found)) - self.starts.repeat(found)
-        return np.array([row.size - np.count_nonzero(row) for row in reached]), bins
-
-    def add(self, before: Array, bins: Array) -> None:
+    def add(self, before: int, bins: Array) -> None:
         self.before += before
-        np.add.at(self.counts, bins, 1)
+        if self.window.bins == 1:
+            self.counts += bins
+        else:
+            np.add.at(self.counts, bins, 1)
 
-    def bin_of(self, model: int, rank: int) -> int | None:
+    def bin_of(self, rank: int) -> int | None:
         """The bin that holds a rank, if it is in the window."""
-        start, bins = self.offsets[model], self.windows[model].bins
-        upto = self.counts[start : start + bins].cumsum()
-        rank -= int(self.before[model])
-        return int(upto.searchsorted(rank, "right")) if bins and 0 <= rank < upto[-1] else None
+        upto = self.counts.cumsum()
+        rank -= self.before
+        return int(upto.searchsorted(rank, "right")) if upto.size and 0 <= rank < upto[-1] else None
 
 
 class _Tally:
-    """What a pass notes of all numbers."""
+    """What a pass notes of all of a model's numbers."""
 
-    def __init__(self, aims: Sequence[Sequence[Aim]]) -> None:
-        self.searches = [_Search(row) for row in aims]
-        n = len(aims[0])
+    def __init__(self, aims: Sequence[Aim]) -> None:
+        self.searches = [_Search(aim) for aim in aims]
         self.size = 0
-        self.low, self.high = np.full(n, math.inf), np.full(n, -math.inf)
+        self.low, self.high = math.inf, -math.inf
         self.fp32 = True
-        self.bits = _bits(len(aims) * n)
 
     def add(self, part: _Part) -> None:
         self.size += part.size
-        self.low, self.high = np.minimum(self.low, part.low), np.maximum(self.high, part.high)
+        self.low, self.high = min(self.low, part.low), max(self.high, part.high)
         self.fp32 &= part.fp32
         for search, place in zip(self.searches, part.places, strict=True):
             search.add(*place)
 
-    def look_up(self, ranks: Ranks) -> list[list[Aim]]:
+    def look_up(self, ranks: Ranks, bits: int) -> list[Aim]:
         """The numbers of the ranks, or the windows in which the next pass has to look for them."""
-        wanted = zip(self.searches, ranks(self.size), strict=True)
-        return [[self._next(search, rank, model) for model in range(len(search.aims))] for search, rank in wanted]
+        return [self._next(*pair, bits) for pair in zip(self.searches, ranks(self.size), strict=True)]
 
-    def _next(self, search: _Search, rank: int, model: int) -> Aim:
-        if not isinstance(search.aims[model], Window):
-            return search.aims[model]
+    def _next(self, search: _Search, rank: int, bits: int) -> Aim:
+        if not isinstance(search.aim, Window):
+            return search.aim
         if rank in (0, self.size - 1):
-            return float((self.high if rank else self.low)[model])
-        chosen = search.bin_of(model, rank)
+            return self.high if rank else self.low
+        chosen = search.bin_of(rank)
         if chosen is None:
-            return _everything(self.bits)
-        window, resolved = search.windows[model], _FLOAT32 if self.fp32 else 0
-        narrowed = window.narrowed(chosen, max(window.shift - self.bits, resolved))
+            return _everything(bits)
+        window, resolved = search.window, _FLOAT32 if self.fp32 else 0
+        narrowed = window.narrowed(chosen, max(window.shift - bits, resolved))
         return narrowed if window.shift > resolved else _number(narrowed.start)
 
 
-def _measure(stack: Stack, rows: Rows, searches: Sequence[_Search]) -> list[_Part]:
-    """What there is to note, run by run."""
-    return [_part(run.name, rows(run).numpy(force=True), searches) for run in stack.runs() if run.base.numel()]
+def _measure(stack: Stack, rows: Rows, windows: Sequence[Sequence[Window]]) -> list[_Part]:
+    """What there is to note of each model."""
+    pairs = zip(rows(stack), windows, strict=True) if stack.base.numel() else ()
+    return [_part(stack.name, row.reshape(-1).numpy(force=True), of_model) for row, of_model in pairs]
 
 
-def _part(name: str, numbers: Array, searches: Sequence[_Search]) -> _Part:
-    low, high = numbers.min(1), numbers.max(1)
-    if not np.isfinite([low, high]).all():
+def _part(name: str, numbers: Array, windows: Iterable[Window]) -> _Part:
+    low, high = float(numbers.min()), float(numbers.max())
+    if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"{name} must be finite in the base and in all models, but has NaN or infinite values")
-    places = [search.place(numbers) for search in searches]
-    return _Part(numbers.shape[1], low, high, numbers.dtype == np.float32, places)
+    return _Part(numbers.size, low, high, numbers.dtype == np.float32, [window.place(numbers) for window in windows])
 
 
 def _guesses(sample: Iterable[Stack], rows: Rows, ranks: Ranks) -> list[list[Aim]]:
-    parts = [rows(stack).flatten(1).numpy(force=True).copy() for stack in sample]  # stacks are used again
-    if not parts:
-        return []
-    models = np.sort(np.concatenate(parts, 1))
-    wanted = ranks(models.shape[1])
-    bits = _bits(len(wanted) * len(models))
-    return [[_around(numbers, rank, bits) for numbers in models] for rank in wanted]
+    # Copies, for stacks are used again.
+    parts = [[row.reshape(-1).numpy(force=True).copy() for row in rows(stack)] for stack in sample]
+    models = [np.sort(np.concatenate(model)) for model in zip(*parts, strict=True)]
+    bits = _BITS
+    while True:  # wide windows have coarser bins, so that all fit
+        guesses = [[_around(numbers, rank, bits) for rank in ranks(numbers.size)] for numbers in models]
+        if sum(window.bins for row in guesses for window in row) <= 1 << _BITS:
+            return [[*row] for row in guesses]
+        bits -= 1
 
 
 def _around(numbers: Array, rank: int, bits: int) -> Window:
@@ -183,14 +186,7 @@ def _bits(windows: int) -> int:
     return max(_BITS - windows.bit_length(), 12)
 
 
-@lru_cache(maxsize=64)
-def _limits(windows: Sequence[Window], dtype: np.dtype[Any]) -> tuple[Array, Array]:  # twice (n, 1)
-    """The smallest numbers in and after each window."""
-    ends = [[_at_least(window.start, dtype), _at_least(window.stop, dtype)] for window in windows]
-    low, high = np.array(ends, dtype).T[:, :, None]
-    return low, high
-
-
+@lru_cache(maxsize=256)
 def _at_least(key: int, dtype: np.dtype[Any]) -> Any:
     """The smallest number of a dtype whose key is not below the given one."""
     number = _number(key)

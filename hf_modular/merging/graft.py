@@ -9,6 +9,7 @@ so is `scope="tensor"`. Elements as large as the last one that is kept are kept 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
@@ -42,7 +43,7 @@ class GraftConfig(MergeMethod):
 
     def survey(self, stacks: Stacks) -> list[float]:
         """The least |dᵢ| of each model that is kept."""
-        return [least for (least,) in order_statistics(stacks, lambda stack: stack.deltas.abs_(), self._rank)]
+        return [least for (least,) in order_statistics(stacks, _sizes, self._rank)]
 
     def merge(self, stack: Stack, survey: list[float]) -> Tensor:
         grafts = (
@@ -56,3 +57,7 @@ class GraftConfig(MergeMethod):
     def _rank(self, count: int) -> tuple[int]:
         kept = max(math.ceil(count * self.density), 1)
         return (max(count - kept, 0),)
+
+
+def _sizes(stack: Stack) -> Iterable[Tensor]:
+    return map(Tensor.abs_, stack.task_vectors())

@@ -19,6 +19,7 @@ class LinearConfig(MergeMethod):
 
     name: ClassVar[str] = "linear"
     base_model: ClassVar[Literal["required", "optional", "unused"]] = "unused"
+    in_fp64: ClassVar[bool] = True
 
     normalize: bool = field(default=True, metadata={"help": "Divide by the sum of the weights."})
 

@@ -18,6 +18,7 @@ class TaskArithmeticConfig(MergeMethod):
     """The base plus the scaled sum of the task vectors."""
 
     name: ClassVar[str] = "task_arithmetic"
+    in_fp64: ClassVar[bool] = True
 
     scale: float = field(default=1.0, metadata={"help": "λ, applied to the sum of the task vectors."})
     normalize: bool = field(default=False, metadata={"help": "Divide the sum by the sum of the weights."})

@@ -296,7 +296,7 @@ def _by_blocks(case: MergeCase, block: int, workers: int) -> StateDict:
     engine = engine_of(reference, base is not None, inputs, case.config, case.model_weights, case.seed, companions)
     merged = Merged({name: torch.empty_like(tensor) for name, tensor in reference.tensors.items()})
     with Workers(workers) as pool:
-        replace(engine, block=block).run(merged, pool, lambda done: None)
+        replace(engine, block=block).run(merged, pool, lambda name, size: None)
     return merged.tensors
 
 

@@ -17,20 +17,17 @@ from adapters.in_two_processes import BATCHES, WAYS, losses_of, made, optimizer_
 from adapters.table import METHODS
 from hf_modular.testing import AdapterCase
 
+# `accelerate launch --cpu` starts several processes by MPI only. What `--multi_gpu` stands for is one process for each
+# `--num_processes` by torch.distributed.run, on the CPU as well where the script asks for it; port 0 is any free one.
+SETTINGS = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--main_process_port=0"]
+SETTINGS += ["--mixed_precision=no", "--dynamo_backend=no"]
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """All methods in one launch, for starting processes is what takes time."""
     folder, script = tmp_path_factory.mktemp("trained"), Path(in_two_processes.__file__)
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        str(folder),
-    ]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *SETTINGS, str(script), str(folder)]
     paths = os.pathsep.join([str(script.parent.parent), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
         launch,

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from chunks import merged, stack_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -96,6 +97,14 @@ def test_the_formula(n, size, seed, density, winsor, variant):
     deltas[torch.rand(n, size, generator=generator) < 0.1] = 0
     config = PCBConfig(density=density, winsor=winsor, variant=variant, scale=0.7)
     torch.testing.assert_close(merged_delta(deltas, config), reference(deltas, config), rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("config", [PCBConfig(), PCBConfig(variant="raw"), PCBConfig(drop=0.5, density=0.9)])
+def test_where_an_element_lies_in_a_block_changes_no_bit(config, dtype):
+    base, *models = torch.randn(4, 500, generator=torch.Generator().manual_seed(5), dtype=dtype).unbind()
+    stack = stack_of(base, *models)
+    assert all(torch.equal(merged(config, stack, size), merged(config, stack)) for size in (1, 7, 33, 250))
 
 
 def test_elements_compete_within_the_model_or_within_each_tensor():

@@ -64,5 +64,5 @@ def test_what_would_stop_the_merge_stops_the_plan(models, tmp_path):
 def test_a_plan_says_what_it_is(models, tmp_path):
     plan = plan_merge(recipe("linear", models), tmp_path / "out", seed=3, workers=1)
     assert "Would merge 2 models by linear: 3 tensors, 61,207 parameters, 1 files" in plan.summary()
-    assert "on 1 threads" in plan.summary()
+    assert "on 1 workers" in plan.summary()
     assert json.loads(plan.to_json())["bytes_written"] == 61207 * 4

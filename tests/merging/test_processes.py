@@ -59,6 +59,25 @@ def test_two_processes_write_the_bytes_of_one(recipe, tmp_path):
     assert found == expected
 
 
+def test_accelerate_launches_them(recipe, tmp_path):
+    with pytest.warns(UserWarning, match="steps"):
+        merge(recipe, tmp_path / "one-process")
+    settings = "--multi_gpu --num_processes=2 --num_machines=1 --main_process_port=0 --mixed_precision=no"
+    command = [sys.executable, "-m", "accelerate.commands.launch", *settings.split(), "--dynamo_backend=no"]
+    done = subprocess.run(
+        [*command, "-m", "hf_modular.cli", "merge", recipe, tmp_path / "out", "--no-verify"],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Merged 2 models") == 1
+    weights = "model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (tmp_path / "one-process" / weights).read_bytes()
+
+
 def test_what_fails_in_one_ends_both(recipe, tmp_path):
     tensors = {f"layers.{j}.w": torch.full((30 + j, 50), float("nan") if j == 6 else 1.0) for j in range(7)}
     save_checkpoint(tmp_path / "two", tensors | {"steps": torch.tensor(1), "none": torch.zeros(0, 3)}, overwrite=True)

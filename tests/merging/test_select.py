@@ -63,6 +63,24 @@ def test_a_good_guess_needs_one_pass_and_a_bad_one_does_no_harm(every, passes):
     assert blocks.passes == passes
 
 
+@pytest.mark.parametrize("bits", [5, 9, 24])
+def test_few_bins_take_more_passes_and_change_nothing(bits, monkeypatch):
+    monkeypatch.setattr(_select, "_BITS", bits)
+    numbers = torch.randn(200_000, generator=torch.Generator().manual_seed(1)) * 1e-3
+    blocks = Blocks(numbers, every=2, size=50_000)
+    found = order_statistics(blocks, values, lambda count: [count // 100, count * 9 // 10])
+    assert found == [x.sort().values[[2_000, 180_000]].tolist() for x in (numbers, -numbers)]
+    assert (blocks.passes > 1) == (bits < 24)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0]), min_size=1, max_size=80), st.integers(1, 9), st.data())
+def test_frequent_numbers(numbers, every, data):
+    rank = data.draw(st.integers(0, len(numbers) - 1))
+    found = order_statistics(Blocks(torch.tensor(numbers), every), values, lambda count: [min(rank, count - 1)])
+    assert found == [[sorted(numbers)[rank]], [sorted(-x for x in numbers)[rank]]]
+
+
 def test_what_is_not_finite_is_refused_by_name():
     with pytest.raises(ValueError, match="w must be finite in the base and in all models"):
         order_statistics(Blocks(torch.tensor([1.0, float("nan"), 2.0])), values, lambda count: [1])

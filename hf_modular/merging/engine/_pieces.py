@@ -1,4 +1,4 @@
-"""What is worked on at a time: a tensor, or a block of one."""
+"""What is worked on at a time: a tensor, or a part of one."""
 
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -9,8 +9,8 @@ from hf_modular.merging._method import BLOCK, Stack
 
 T = TypeVar("T")
 
-_GROUP = 4  # blocks that a thread takes at a time
-_SAMPLED = 8  # one block in so many is sampled
+_GROUP = 8  # blocks that a worker takes at a time
+_SAMPLED = 32  # one block in so many is sampled
 
 
 class Piece(NamedTuple):
@@ -20,6 +20,14 @@ class Piece(NamedTuple):
     start: int
     size: int
     whole: bool = False
+
+    def parts(self, size: int) -> "Iterator[Piece]":
+        """The same in pieces of a size; a whole tensor stays whole."""
+        if self.whole:
+            yield self
+            return
+        for at in range(self.start, self.start + self.size, size):
+            yield Piece(self.name, at, min(size, self.start + self.size - at))
 
 
 @dataclass(frozen=True)
@@ -32,10 +40,7 @@ class Pieces:
 
     def __iter__(self) -> Iterator[Piece]:
         for name, size in self.sizes.items():
-            if name in self.whole:
-                yield Piece(name, 0, size, whole=True)
-            else:
-                yield from (Piece(name, at, min(self.block, size - at)) for at in range(0, size, self.block))
+            yield from Piece(name, 0, size, whole=name in self.whole).parts(self.block)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,16 +59,31 @@ class PieceStacks:
         return chain.from_iterable(results)
 
     def sample(self, of_each: int = 2048) -> Iterable[Stack]:
-        """Of each tensor the first block and every eighth after it, thinned."""
+        """Of each tensor the first block and some after it, thinned."""
         chosen = (piece for piece in self.pieces if piece.start // BLOCK % _SAMPLED == 0)
         return (_thinned(self.stack(piece), of_each) for piece in chosen)
 
 
 def grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """A few blocks at a time, which is what a thread takes; a whole tensor alone."""
+    """A few blocks at a time, which is what a worker takes; a whole tensor alone."""
     remaining = iter(pieces)
     for piece in remaining:
         yield [piece] if piece.whole else [piece, *islice(remaining, _GROUP - 1)]
+
+
+def shares(pieces: Iterable[Piece], block: int) -> Iterator[list[Piece]]:
+    """As much as a worker takes at a time: parts of large pieces, or several small ones."""
+    most = _GROUP * block
+    share: list[Piece] = []
+    left = most
+    for part in chain.from_iterable(piece.parts(most) for piece in pieces):
+        share.append(part)
+        left -= part.size
+        if left <= 0:
+            yield share
+            share, left = [], most
+    if share:
+        yield share
 
 
 def _thinned(stack: Stack, count: int) -> Stack:

@@ -17,6 +17,7 @@ import torch
 T = TypeVar("T")
 
 _COUNTS = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # where accelerate looks
+_LOCAL_COUNTS = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "OMPI_COMM_WORLD_LOCAL_SIZE", "MV2_COMM_WORLD_LOCAL_SIZE")
 
 
 class _Outcome(NamedTuple):
@@ -31,6 +32,7 @@ class Processes:
     index: int = 0
     count: int = 1
     local_index: int = 0  # on this machine
+    local_count: int = 1
 
     @property
     def first(self) -> bool:
@@ -76,7 +78,8 @@ def processes() -> Processes:
 
     state = PartialState(cpu=True)  # what they tell each other is no work for an accelerator
     atexit.register(_disconnect)
-    return Processes(state.process_index, state.num_processes, state.local_process_index)
+    here = next((int(os.environ[name]) for name in _LOCAL_COUNTS if name in os.environ), 1)
+    return Processes(state.process_index, state.num_processes, state.local_process_index, here)
 
 
 def _disconnect() -> None:

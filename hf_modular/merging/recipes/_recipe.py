@@ -164,8 +164,8 @@ class MergeRecipe(Recipe):
     dtype: DTypeName | None = Field(
         default=None,
         description="The dtype of the result where `out_dtype` does not say it, and of the arithmetic if it is "
-        "`float64`: arithmetic in fp32 is the least, after which about 1 in 7,000 results in bf16 is one unit in the "
-        "last place from the exact value rounded.",
+        "`float64`. Else that is in fp64 for averages and task arithmetic, and in fp32 for the other methods, after "
+        "which about 1 in 7,000 results in bf16 is one unit in the last place from the exact value rounded.",
     )
     out_dtype: DTypeName | None = Field(default=None, description="The dtype of the result, the base's by default.")
     tokenizer_source: str | None = Field(

@@ -48,7 +48,7 @@ def merge_state_dicts(
     refuse(_tensor_problems(engine, reference, inputs))
     merged = Merged({name: torch.empty_like(reference.tensors[name]) for name in engine.plan})
     with Workers(None) as pool:
-        engine.run(merged, pool, progress=lambda done: None)
+        engine.run(merged, pool, progress=lambda name, size: None)
     for note in [*engine.notes, *without(engine.plan, engine.companions)]:
         warnings.warn(note, stacklevel=2)
     tied = _tied(reference, inputs)

@@ -35,8 +35,8 @@ class MergeReport:
         parameters: How many numbers they hold.
         bytes_written: What the result's tensors take.
         seconds: How long it took.
-        peak_memory: The most memory, in bytes, that the process held at any time.
-        workers: How many threads worked. The result does not depend on it.
+        peak_memory: The most memory, in bytes, that the process and its workers held at any time.
+        workers: How many worked at a time. The result does not depend on it.
         device: Where the arithmetic was done.
         notes: What was decided and may surprise.
         versions: Of the software that the result may depend on.

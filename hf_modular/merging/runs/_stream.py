@@ -26,10 +26,11 @@ from hf_modular.merging.engine._companions import Companion, companion_problems,
 from hf_modular.merging.engine._engine import Engine
 from hf_modular.merging.engine._preflight import disagreements, refuse, setting_problems, unmergeable
 from hf_modular.merging.engine._processes import Processes, processes
-from hf_modular.merging.engine._workers import Workers
+from hf_modular.merging.engine._workers import Pool, Workers
 from hf_modular.merging.recipes._recipe import MergeRecipe
 from hf_modular.merging.recipes._settings import Resolved
 from hf_modular.merging.runs._configs import beside_notes, config_notes, layout_problems
+from hf_modular.merging.runs._crew import crew
 from hf_modular.merging.runs._descent import distances, strangers
 from hf_modular.merging.runs._one_by_one import one_by_one
 from hf_modular.merging.runs._report import RECIPE, MergeReport, describe, peak_memory, versions
@@ -57,15 +58,16 @@ def merge(
 ) -> MergeReport:
     """Merge checkpoints into a folder that transformers loads.
 
-    Where `torchrun --nproc_per_node N -m hf_modular.cli merge ...`, or `accelerate launch` with accelerators or MPI,
-    has started several processes, each merges a part of the tensors; the result is the same.
+    Where `accelerate launch --multi_gpu --num_processes N -m hf_modular.cli merge ...` has started several processes
+    (on CPUs too), or `torchrun` or MPI, each merges a part of the tensors; the result is the same.
 
     Args:
         recipe: A recipe file, or what it would hold.
         output_dir: A folder that is absent or empty. Until the merge is complete there is no checkpoint in it.
         seed: For methods that draw random numbers; the recipe's by default.
         device: Where the arithmetic is done: "cpu", "cuda", "cuda:1", ...
-        workers: How many threads work; as many as there are cores by default. The result is the same.
+        workers: How many work at a time; as many as there are cores by default. They are processes, started by
+            `fork`, where threads would wait for each other, else threads. The result is the same.
         progress: Show a progress bar on a terminal.
         overwrite: Replace a checkpoint that is in the folder. Other files in it stay.
         max_shard_size: The largest file of weights, such as "5GB".
@@ -100,7 +102,8 @@ def merge(
         writer = CheckpointWriter(output_dir, job.plan, join=not ranks.first, **options)  # type: ignore[arg-type]
         finished = _entered(writer, stack, ranks)
         if not writer.committed:
-            pool = stack.enter_context(Workers(workers))  # after the writer: ends before the files are closed
+            # after the writer: ends before the files are closed
+            pool = stack.enter_context(crew(job.engines, job.sources.values(), workers, ranks.local_count))
             notes = ranks.together(lambda: job.run(writer, pool, ranks, finished, progress=progress))
             finish = partial(job.finish, hashes=hashes, verified=verify, started=started)
             ranks.together(lambda: finish(writer, pool, ranks, notes))
@@ -313,7 +316,7 @@ class _Job:
         return report
 
     def run(
-        self, writer: CheckpointWriter, pool: Workers, ranks: Processes, finished: Container[str], *, progress: bool
+        self, writer: CheckpointWriter, pool: Pool, ranks: Processes, finished: Container[str], *, progress: bool
     ) -> list[str]:
         """Merge this process's part of what is not finished; returns what was noted on the way."""
         from huggingface_hub.utils.tqdm import tqdm
@@ -322,15 +325,20 @@ class _Job:
         mine = ranks.share(left)
         total, quiet = sum(left[name] for name in mine), not (progress and ranks.first)
         with tqdm(total=total, unit="B", unit_scale=True, desc="Merging", disable=quiet or None) as bar:
+
+            def written(name: str, size: int) -> None:
+                writer.count(name, size)
+                bar.update(size)
+
             for engine in self.engines:
-                engine.run(writer, pool, bar.update, only=mine)
+                engine.run(writer, pool, written, only=mine)
         writer.sync()
         return [note for engine in self.engines for note in engine.notes]
 
     def finish(
         self,
         writer: CheckpointWriter,
-        pool: Workers,
+        pool: Pool,
         ranks: Processes,
         notes: Iterable[list[str]],
         *,
@@ -385,7 +393,7 @@ class _Job:
     def pinned(self) -> MergeRecipe:
         return self.recipe.renamed({reference: source.pinned for reference, source in self.sources.items()})
 
-    def report(self, weights: Sequence[Path], pool: Workers, *, hashes: bool, started: float) -> MergeReport:
+    def report(self, weights: Sequence[Path], pool: Pool, *, hashes: bool, started: float) -> MergeReport:
         """What was done; `weights` are the files of the result."""
         files = [*dict.fromkeys(file for source in self.sources.values() for file in source.weights.files), *weights]
         described = dict(zip(files, pool.map(partial(describe, hashes=hashes), files), strict=True))
@@ -403,7 +411,7 @@ class _Job:
             parameters=sum(tensor.numel for tensor in self.plan.values()),
             bytes_written=sum(tensor.nbytes for tensor in self.plan.values()),
             seconds=time.perf_counter() - started,
-            peak_memory=peak_memory(),
+            peak_memory=peak_memory() + pool.memory,
             workers=pool.count,
             device=str(self.device),
             notes=self.notes,

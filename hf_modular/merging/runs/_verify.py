@@ -154,7 +154,7 @@ def _computed_again(engine: Engine, names: Collection[str]) -> dict[str, Tensor]
     again = part_of(engine, names, _in_memory, torch.device("cpu"))
     merged = Merged({name: torch.empty(info.shape, dtype=info.dtype) for name, info in infos(again).items()})
     with Workers(1) as pool:
-        again.run(merged, pool, lambda done: None)
+        again.run(merged, pool, lambda name, size: None)
     return merged.tensors
 
 
