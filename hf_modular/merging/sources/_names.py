@@ -69,7 +69,7 @@ def _counts_too_many(source: Source) -> bool:
 
 def _may_store_twice(source: Source) -> bool:
     """Whether there are more tensors with a row for each token than embeddings and a head that is not tied to them."""
-    sizes = {at(source.config, key) for key in ("vocab_size", "text_config.vocab_size")} - {None}
+    sizes = [size for key in ("vocab_size", "text_config.vocab_size") if (size := at(source.config, key)) is not None]
     of_tokens = [t for t in source.weights.tensors.values() if len(t.shape) == 2 and t.shape[0] in sizes]
     return len(of_tokens) > (2 if source.config.get("tie_word_embeddings") is False else 1)
 
