@@ -16,7 +16,7 @@ from hf_modular.adapter_merging._fit import Fitted, fit_of, require_fit
 from hf_modular.adapter_merging._live import LiveAdapter, kept_whole
 from hf_modular.adapter_merging._matrix import Dense
 from hf_modular.adapter_merging._report import AdapterReport, errors, relative, warn_of
-from hf_modular.adapter_merging._result import TARGETS, Result, beside, write
+from hf_modular.adapter_merging._result import TARGETS, Result, named_in_file, write
 from hf_modular.adapter_merging._source import Change
 from hf_modular.adapters._method import Site
 from hf_modular.checkpoints import refuse_occupied
@@ -70,7 +70,9 @@ def extract_adapter(
     made, tensors = fit.adapter(fitted)
     report = _report(source, fitted)
     tensors = {name: tensor.to(source.dtype) for name, tensor in tensors.items()}
-    write(Result(_dressed(made, source), tensors | beside(source.whole), report), output_dir, overwrite=overwrite)
+    write(
+        Result(_dressed(made, source), tensors | named_in_file(source.whole), report), output_dir, overwrite=overwrite
+    )
     warn_of(report, warn_above, _REMEDY)
     return report
 

@@ -107,7 +107,13 @@ class _FileAdapter:
     @cached_property
     def whole(self) -> dict[str, Tensor]:
         beside = [name for name in self.weights.tensors if name not in set(self.own)]
-        return {name.removeprefix(PREFIX): self.weights.read(name) for name in beside}
+        return {self._in_base(name): self.weights.read(name) for name in beside}
+
+    def _in_base(self, name: str) -> str:
+        """PEFT saves trained biases of adapted layers by the names that they have inside of these."""
+        name = name.removeprefix(PREFIX)
+        trained = getattr(self.config, "bias", "none") != "none"
+        return name.replace(".base_layer.bias", ".bias") if trained else name
 
     @property
     def dtype(self) -> torch.dtype:

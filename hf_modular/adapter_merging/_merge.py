@@ -13,7 +13,7 @@ from hf_modular.adapter_merging._live import LiveAdapter, LiveBase, add_adapter
 from hf_modular.adapter_merging._matrix import Rank
 from hf_modular.adapter_merging._parameters import merge_parameters
 from hf_modular.adapter_merging._report import AdapterReport, errors, warn_of
-from hf_modular.adapter_merging._result import Result, beside, dressed, in_dtype, notes_on, write
+from hf_modular.adapter_merging._result import Result, dressed, in_dtype, named_in_file, notes_on, write
 from hf_modular.adapter_merging._rmm import REMEDY as RMM_REMEDY
 from hf_modular.adapter_merging._rmm import merge_reversibly
 from hf_modular.adapter_merging._rmm_config import RMMConfig
@@ -189,7 +189,7 @@ def _in_weights(
     fitted, whole = merge.run()
     config, tensors = fit.adapter(fitted)
     config = dressed(config, sources, merge.sites)
-    return config, in_dtype(tensors, sources) | beside(whole), fitted, merge.notes
+    return config, in_dtype(tensors, sources) | named_in_file(whole, merge.sites), fitted, merge.notes
 
 
 def _in_parameters(

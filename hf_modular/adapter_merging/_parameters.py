@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_modular.adapter_merging._live import prefix_of
+from hf_modular.adapter_merging._result import named_in_file
 from hf_modular.adapter_merging._running import Settings, call_problems, run
 from hf_modular.adapter_merging._source import PREFIX, Base, Source, differing_settings
 from hf_modular.adapter_merging._weights import Beside
@@ -100,8 +102,14 @@ def merge_parameters(
     begun = InMemory("the start of the adapters", start) if uses_base else None
     merged = Merged({name: torch.empty_like(tensor) for name, tensor in models[0].items()})
     notes = run(method, resolved, models[0], begun, inputs, merged, seed)
-    carried = {f"{PREFIX}{name}": tensor for name, tensor in beside.carried.items()}
-    return merged.tensors | carried, notes
+    whole = {name: merged.tensors.pop(f"{PREFIX}{name}") for name in beside.plan if f"{PREFIX}{name}" in models[0]}
+    return merged.tensors | named_in_file(whole | beside.carried, _adapted(sources[0])), notes
+
+
+def _adapted(source: Source) -> set[str]:
+    """The layers that hold parameters of the adapter."""
+    mark = f".{prefix_of(source.config)}"
+    return {name.removeprefix(PREFIX).partition(mark)[0] for name in source.tensors()}
 
 
 def _require_one_kind(sources: Sequence[Source]) -> str:

@@ -1,7 +1,7 @@
 """The adapter that comes out: the settings that it takes over from those that went in, and its folder."""
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,14 +41,20 @@ def dressed(config: Any, sources: Sequence[Source], sites: Mapping[str, Site]) -
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(source.transposed for source in sources)
     if hasattr(config, "ensure_weight_tying"):
-        config.ensure_weight_tying = all(getattr(c, "ensure_weight_tying", False) for c in configs)
+        config.ensure_weight_tying = all(_ties(c) for c in configs)
     return config
 
 
 def notes_on(sources: Sequence[Source]) -> list[str]:
     """What the user should know of what went in."""
     bases = {str(s.config.base_model_name_or_path) for s in sources if s.config.base_model_name_or_path}
-    return [f"the adapters name different base models: {sorted(bases)}"] if len(bases) > 1 else []
+    notes = [f"the adapters name different base models: {sorted(bases)}"] if len(bases) > 1 else []
+    for source in sources:
+        tasks = getattr(source.config, "tasks", None) or []
+        if len(tasks) > 1:
+            used = source.config.task or tasks[0]
+            notes.append(f"of the {len(tasks)} tasks of {source.reference} the one in use went in: {used}")
+    return notes
 
 
 def in_dtype(tensors: Mapping[str, Tensor], sources: Iterable[Source]) -> dict[str, Tensor]:
@@ -57,8 +63,12 @@ def in_dtype(tensors: Mapping[str, Tensor], sources: Iterable[Source]) -> dict[s
     return {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
 
 
-def beside(whole: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {f"{PREFIX}{name}": tensor for name, tensor in whole.items()}
+def named_in_file(whole: Mapping[str, Tensor], sites: Collection[str] = ()) -> dict[str, Tensor]:
+    """What was trained whole by its names in a file, where the biases of adapted layers lie inside of these."""
+    parts = {name: name.rpartition(".") for name in whole}
+    inside = {name for name, (layer, _, part) in parts.items() if part == "bias" and layer in sites}
+    names = {name: name[: -len("bias")] + "base_layer.bias" if name in inside else name for name in whole}
+    return {f"{PREFIX}{names[name]}": tensor for name, tensor in whole.items()}
 
 
 def write(
@@ -85,9 +95,14 @@ def write(
 def _targets(sources: Sequence[Source], sites: Mapping[str, Site]) -> dict[str, Any]:
     """As the first adapter has them if it has all layers, else the layers by their names."""
     first = sources[0]
-    if first.sites.keys() == sites.keys() and getattr(first.config, "target_modules", None):
+    same = first.sites.keys() == sites.keys() and getattr(first.config, "target_modules", None)
+    if same and not _ties(first.config):  # which puts adapters on layers that no target is called
         return {name: getattr(first.config, name, None) for name in TARGETS}
     return dict.fromkeys(TARGETS) | {"target_modules": sorted(sites)}
+
+
+def _ties(config: Any) -> bool:
+    return bool(getattr(config, "ensure_weight_tying", False))
 
 
 def _agreed(values: Iterable[Any]) -> Any:

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from threading import Lock
 
 import torch
+from peft import PeftType
 from torch import Tensor
 
 from hf_modular.adapter_merging._fit import Fit, Fitted
@@ -77,6 +78,7 @@ class WeightMerge:
 
     def run(self) -> tuple[dict[str, Fitted], dict[str, Tensor]]:
         """The layers of the result, and what was trained whole."""
+        _refuse_rewritten_biases(self.sources)
         refuse(call_problems(self.method, self.resolved, len(self.sources), self.has_base))
         sums = {name: coefficients(settings) for name, settings in self.resolved.items()}
         linear = {name: c for name, c in sums.items() if c is not None}
@@ -275,6 +277,18 @@ class _Collected:
         ranks = [model.ranks.get(layer) for model in self._models]
         exact = None if None in ranks else min(max(sum(ranks), 1), *weight.shape)  # type: ignore[arg-type]
         self.fitted[layer] = self._merge._fitted(layer, Change(Dense(weight), parts.get(f"{layer}.bias")), exact)
+
+
+def _refuse_rewritten_biases(sources: Sequence[Source]) -> None:
+    """What LoRA adds is the same whatever the biases are, but other types may multiply them."""
+    for source in sources:
+        twice = [layer for layer in source.sites if f"{layer}.bias" in source.whole]
+        if twice and source.config.peft_type != PeftType.LORA:
+            raise ValueError(
+                f"{source.reference} ({source.config.peft_type.value}) has trained the biases of layers that it "
+                f"adapts, {twice[:3]}, and its effect depends on them. Use space='parameters', or merge it into the "
+                "model."
+            )
 
 
 def _may_shift(source: Source, name: str) -> bool:

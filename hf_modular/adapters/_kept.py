@@ -73,10 +73,12 @@ def _is_steady(parameters: Sequence[nn.Parameter]) -> bool:
     """Whether nothing changes without being noticed."""
     if not parameters or (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return False  # a replica of `DataParallel` has no parameters
-    return not _is_captured(parameters) and all(
-        type(parameter) is nn.Parameter and not parameter.requires_grad and not parameter.is_inference()
-        for parameter in parameters
-    )
+    return all(map(_can_be_watched, parameters)) and not _is_captured(parameters)
+
+
+def _can_be_watched(p: nn.Parameter) -> bool:
+    usual = type(p) is nn.Parameter and p.device.type in ("cpu", "cuda", "mps", "xpu")
+    return usual and not p.requires_grad and not p.is_inference()
 
 
 def _is_captured(parameters: Sequence[nn.Parameter]) -> bool:

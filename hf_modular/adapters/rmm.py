@@ -3,8 +3,9 @@
     W' = W + Bₜ Aₜ,   Aₜ = μ + Σₖ cₜₖ ⊙ Uₖ   for the task t, and Bₜ in the same way
 
 `hf_modular._reversible` has the mathematics, and what is the paper's and what is ours. To use a task is to build its
-factors, p multiplications for each of their numbers; a batch may hold samples of different tasks. Beside the paper's:
-what adapters have trained whole, such as heads, is kept whole for each task.
+factors, p multiplications for each of their numbers; those of the task in use are kept while nothing is trained. A
+batch may hold samples of different tasks. Beside the paper's: what adapters have trained whole, such as heads, is kept
+whole for each task.
 """
 
 from collections.abc import Mapping

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,6 +179,44 @@ def test_what_is_tied_stays_tied(tmp_path):
     merged = PeftModel.from_pretrained(tiny.model("gemma"), tmp_path / "out").merge_and_unload()
     assert merged.lm_head.weight is merged.get_input_embeddings().weight
     assert difference(merged.state_dict(), wanted, tiny.model("gemma")) < 2e-6
+
+
+def biased(bases, folder, bias, *configs):
+    """Folders of adapters of a BERT that have trained biases, and the merged models."""
+    models = [one(replace(config, bias=bias), "bert", seed) for seed, config in enumerate(configs)]
+    for i, model in enumerate(models):
+        model.peft_config["default"].base_model_name_or_path = str(bases["bert"])
+        model.save_pretrained(folder / str(i))
+    return [folder / str(i) for i in range(len(models))], [model.merge_and_unload().state_dict() for model in models]
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (1, -0.4)])
+def test_trained_biases(bias, weights, bases, tmp_path):
+    """Of layers that have adapters, which in a file lie inside of these, and of others."""
+    configs = [LoraConfig(r=2, target_modules=["query"]), LoraConfig(r=3, target_modules=["query", "output.dense"])]
+    folders, whole = biased(bases, tmp_path, bias, *configs)
+    base = tiny.model("bert").state_dict()
+    changed = [name for name in base if name.endswith("bias") and not torch.equal(whole[1][name], base[name])]
+    assert len(changed) == (6 if bias == "lora_only" else len([n for n in base if n.endswith("bias")]))
+    wanted = {n: w + sum(c * (m[n] - w) for c, m in zip(weights, whole, strict=True)) for n, w in base.items()}
+    recipes = recipe("task_arithmetic", folders, weights, base_model=str(bases["bert"]))
+    merge_adapter_files(recipes, tmp_path / "out")
+    found = PeftModel.from_pretrained(tiny.model("bert"), tmp_path / "out").merge_and_unload().state_dict()
+    assert difference(found, wanted, tiny.model("bert")) < 2e-6
+
+
+def test_biases_that_an_adapter_rewrites(bases, tmp_path):
+    """Its parameters can be merged, but what it does to the weights depends on the biases."""
+    config = SSFConfig(target_modules=["query"])
+    folders, _ = biased(bases, tmp_path, "hfm_ssf_only", config, config)
+    with pytest.raises(ValueError, match=r"HFM_SSF\) has trained the biases of layers that it adapts, .*query"):
+        merge_adapter_files(recipe("linear", folders, [1, 1], rank=4), tmp_path / "out")
+    merge_adapter_files(recipe("linear", folders, [1, 1], space="parameters"), tmp_path / "out")
+    first, second, found = (load_file(f / "adapter_model.safetensors") for f in (*folders, tmp_path / "out"))
+    assert any(name.endswith("query.base_layer.bias") for name in found)
+    assert_close(found, {name: (first[name] + second[name]) / 2 for name in first})
+    PeftModel.from_pretrained(tiny.model("bert"), tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from torch import nn
 from torch.testing import assert_close
 
 from adapter_merging.zoo import NAMES, TOKENS, Zoo, adapted, difference, lora, merged_weights, zoo
-from hf_modular import MoSConfig, RMMConfig, add_task, merge_adapter_files, merge_adapters
+from hf_modular import MoSConfig, RMMConfig, TaskArithmeticConfig, add_task, merge_adapter_files, merge_adapters
 from hf_modular._reversible import storage
 from hf_modular.adapter_merging import AdapterRecipe, AdapterReport
 
@@ -453,8 +453,9 @@ def test_what_is_stored_of_nothing_is_an_error(tmp_path):
 def test_tied_and_scaled_embeddings(tmp_path):
     """Gemma's, on which the adapters are, or which they have trained whole together with the head."""
     on_it = {"target_modules": ["embed_tokens", "q_proj"]}
+    tied = {**on_it, "ensure_weight_tying": True}  # which puts one on the head too
     whole = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
-    for case, settings in {"on": on_it, "whole": whole}.items():
+    for case, settings in {"on": on_it, "tied": tied, "whole": whole}.items():
         folders = [tmp_path / case / name for name in NAMES[:2]]
         for seed, folder in enumerate(folders):
             tiny.move(get_peft_model(tiny.model("gemma"), LoraConfig(r=2, **settings)), seed, 0.2).save_pretrained(
@@ -500,6 +501,15 @@ def test_a_task_needs_a_name_of_its_own(tmp_path):
     assert torch.equal(at(loaded, "first"), before)
     with pytest.raises(TypeError, match="must hold an RMM adapter"):
         add_task(model, "new", folder)
+
+
+def test_one_task_of_an_rmm_adapter_goes_into_a_merge(tmp_path):
+    model = adapted(lora(target_modules=["fc"]), lora(target_modules=["fc"]))
+    loaded, _ = stored(model, tmp_path / "rmm", RMMConfig(p=1))
+    loaded.set_task("second")
+    report = merge_adapters(loaded, ["rmm"], TaskArithmeticConfig(), output_dir=tmp_path / "out")
+    assert report.notes == ["of the 2 tasks of adapter 'rmm' the one in use went in: second"]
+    assert difference(merged_weights(back(tmp_path / "out"), "back"), merged_weights(model, "second"), zoo()) < 1e-5
 
 
 # -- wrong calls ---------------------------------------------------------------------------------------------------
