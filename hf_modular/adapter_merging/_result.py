@@ -40,6 +40,8 @@ def dressed(config: Any, sources: Sequence[Source], sites: Mapping[str, Site]) -
     config.inference_mode = True
     if hasattr(config, "fan_in_fan_out"):
         config.fan_in_fan_out = any(source.transposed for source in sources)
+    if hasattr(config, "ensure_weight_tying"):
+        config.ensure_weight_tying = all(getattr(c, "ensure_weight_tying", False) for c in configs)
     return config
 
 

@@ -81,6 +81,8 @@ def _lora(layer: AdapterLayer, adapter: Adapter) -> LoRA:
 
 def _not_for_lora(layer: AdapterLayer) -> str | None:
     base = cast(Any, layer.base_layer)
+    if layer.site.kind == "Embedding" and hasattr(base, "embed_scale"):
+        return None  # PEFT scales what it adds to it, as Gemma's embedding scales the weight
     if not layer.site.plain:
         return "has a forward of its own or is a deconvolution"
     if layer.site.kind != "Conv":

@@ -156,6 +156,24 @@ class _Form:
     def mask(cls, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:  # (out, in)
         return _joined(torch.bmm(*cls.products(A, B, scale)), len(B))
 
+    @classmethod
+    def rewritten(cls, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:  # (out, in)
+        """mask ⊙ W."""
+        return cls.mask(A, B, scale).mul_(weight)
+
+    @classmethod
+    def gathered(
+        cls,
+        G: Tensor,  # (out, in): the gradient of mask ⊙ W, times W
+        A: Tensor,
+        B: Tensor,
+        scale: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # as A, B, scale
+        """What A, B and the scale get of it."""
+        L, R = cls.products(A, B, scale)
+        G = _split(G, len(L))
+        return cls.gradients(torch.bmm(G, R.mT), torch.bmm(L.mT, G), A, B, scale)
+
 
 class _Tile(_Form):
     """scale[o] · A[⌊o·a/out⌋, i] · B[o, ⌊i·b/in⌋], with a tiles along out and b along in.
@@ -174,6 +192,30 @@ class _Tile(_Form):
         parts = _split(dR, B.shape[1], 2).diagonal(dim1=1, dim2=2).mT  # (a, b, entries)
         dscaled = _joined(dL, len(B))
         return _joined(parts, A.shape[1], 1), dscaled * scale.unsqueeze(1), (dscaled * B).sum(1)
+
+    # where all tiles are of one size, no product is needed: A and B have the axes of the tiled weight, or 1
+
+    @classmethod
+    def rewritten(cls, weight: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> Tensor:
+        tiles = len(A), B.shape[1]
+        if _uneven(weight, *tiles):
+            return super().rewritten(weight, A, B, scale)
+        over_A, over_B = cls._over_tiles(A, B * scale.unsqueeze(1))
+        return (_tiled(weight, *tiles) * over_A).mul_(over_B).view(weight.shape)
+
+    @classmethod
+    def gathered(cls, G: Tensor, A: Tensor, B: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        tiles = len(A), B.shape[1]
+        if _uneven(G, *tiles):
+            return super().gathered(G, A, B, scale)
+        over_A, over_B = cls._over_tiles(A, B * scale.unsqueeze(1))
+        G = _tiled(G, *tiles)
+        dscaled = (G * over_A).sum(3).view(B.shape)
+        return (G * over_B).sum(1).view(A.shape), dscaled * scale.unsqueeze(1), (dscaled * B).sum(1)
+
+    @staticmethod
+    def _over_tiles(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:  # (a, 1, b, entries), (a, rows, b, 1)
+        return A.view(len(A), 1, B.shape[1], -1), B.view(len(A), -1, B.shape[1], 1)
 
 
 class _LowRank(_Form):
@@ -223,7 +265,7 @@ class _MaskedLinear(torch.autograd.Function):
         bias: Tensor | None,  # (out,)
         form: type[_Form],
     ) -> Tensor:  # (*, out)
-        rewritten = form.mask(A, B, scale).mul_(weight).to(weight.dtype)
+        rewritten = form.rewritten(weight, A, B, scale).to(weight.dtype)
         return F.linear(x, rewritten, None if bias is None else bias.to(weight.dtype))
 
     @staticmethod
@@ -235,15 +277,13 @@ class _MaskedLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, A, B, scale = ctx.saved_tensors
         g = gradients[0].reshape(-1, len(weight))  # (n, out)
-        L, R = ctx.form.products(A, B, scale)
         dx = dA = dB = dscale = dbias = None
         if ctx.needs_input_grad[0]:
-            rewritten = _joined(torch.bmm(L, R), len(weight)).mul_(weight)
+            rewritten = ctx.form.rewritten(weight, A, B, scale)
             dx = (g @ rewritten.to(g.dtype)).to(x.dtype).reshape(x.shape)
         if any(ctx.needs_input_grad[2:5]):
             G = g.T @ x.reshape(len(g), -1).to(g.dtype)  # of the rewritten weight
-            G = _split(G.to(A.dtype).mul_(weight), len(L))
-            dA, dB, dscale = ctx.form.gradients(torch.bmm(G, R.mT), torch.bmm(L.mT, G), A, B, scale)
+            dA, dB, dscale = ctx.form.gathered(G.to(A.dtype).mul_(weight), A, B, scale)
         if ctx.needs_input_grad[5]:
             dbias = g.sum(0).to(scale.dtype)
         return dx, None, dA, dB, dscale, dbias, None
@@ -252,7 +292,8 @@ class _MaskedLinear(torch.autograd.Function):
 class _ScaledLinear(torch.autograd.Function):
     """rows ⊙ ((x ⊙ columns) Wᵀ) + bias, for the mask rows columnsᵀ: the weight itself needs no rewriting.
 
-    Gives the product before it is scaled too, which backward needs.
+    Gives the product before it is scaled too, which backward needs: as a result like any other, so that gradients of
+    gradients are right.
     """
 
     generate_vmap_rule = True
@@ -274,20 +315,22 @@ class _ScaledLinear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         x, weight, A, B, scale, _ = inputs
-        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)  # no zeros for the product, which is as large as y
         ctx.save_for_backward(x, weight, A, B, scale, output[1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dproduct: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, A, B, scale, product = ctx.saved_tensors
-        g = gradients[0].reshape(-1, len(weight))  # (n, out)
+        g = (torch.zeros_like(product) if dy is None else dy).reshape(-1, len(weight))  # (n, out)
         rows, columns = (factor.flatten() for factor in _RowColumn.products(A, B, scale))
-        dx = (g * rows.to(g.dtype)) @ weight.to(g.dtype)  # of x ⊙ columns
+        scaled = g * rows.to(g.dtype)
+        scaled = scaled if dproduct is None else scaled + dproduct.reshape(g.shape)
+        dx = scaled @ weight.to(g.dtype)  # of x ⊙ columns
         dcolumns = (dx * x.reshape(dx.shape)).sum(0, dtype=A.dtype)
         drows = (g * product.reshape(g.shape)).sum(0, dtype=A.dtype)
         factors = _RowColumn.gradients(drows, dcolumns, A, B, scale)
         dbias = g.sum(0).to(scale.dtype) if ctx.needs_input_grad[5] else None
-        return dx.mul_(columns).to(x.dtype).reshape(x.shape), None, *factors, dbias
+        return (dx * columns).to(x.dtype).reshape(x.shape), None, *factors, dbias
 
 
 def _others(factors: Tensor) -> Tensor:  # (r, n)
@@ -320,6 +363,14 @@ def _places(size: int, tiles: int, device: torch.device) -> tuple[Tensor, int]: 
     tile = entry * tiles // size
     first = (tile * size + tiles - 1) // tiles
     return tile * longest + entry - first, longest
+
+
+def _uneven(weight: Tensor, a: int, b: int) -> bool:
+    return bool(weight.shape[0] % a or weight.shape[1] % b)
+
+
+def _tiled(weight: Tensor, a: int, b: int) -> Tensor:  # (out, in) -> (a, rows, b, entries)
+    return weight.reshape(a, -1, b, weight.shape[1] // b)
 
 
 def _over_kernel(mask: Tensor, weight: Tensor) -> Tensor:  # (out, in) -> (out, in, 1, ...)

@@ -39,6 +39,7 @@ _TASK_TYPES = {
 _HEAD = re.compile(r"\b(?:classifier|score|out_proj|head)\.weight$")
 _NO_SETTINGS = ("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "revision")
 _TOLD_APART = ("errors", "tasks")
+_SHOWN = 3  # tasks, beside the first
 
 
 def describe_adapter(artifact: Artifact, place: Place, base_name: str | None, lookup: Lookup) -> Subject:
@@ -67,6 +68,7 @@ def describe_adapter(artifact: Artifact, place: Place, base_name: str | None, lo
             "settings": [(name, code(value)) for name, value in sorted(config.items()) if _is_setting(name, value)],
             "parameters": _parameters(artifact, peft_type),
             "tasks": _tasks(config),
+            "p": config.get("p"),
             **making.variables,
         },
         parents=making.parents,
@@ -150,10 +152,18 @@ def _snippet(artifact: Artifact, place: Place, base: Origin) -> str:
             "",
             load_base,
             f"model = PeftModel.from_pretrained(base, {place.arguments})",
-            *(f"model.set_task({json.dumps(task)})" for task in (artifact.config.get("tasks") or [])[:1]),
+            *_setting_a_task(artifact.config.get("tasks") or []),
             *load_processors,
         ]
     )
+
+
+def _setting_a_task(tasks: list[str]) -> list[str]:
+    if not tasks:
+        return []
+    first, *others = map(json.dumps, tasks)
+    hint = f"  # or {', '.join(others[:_SHOWN])}{', ...' if len(others) > _SHOWN else ''}" if others else ""
+    return [f"model.set_task({first}){hint}"]
 
 
 def _base_loading(artifact: Artifact, base: Origin) -> tuple[list[str], str]:

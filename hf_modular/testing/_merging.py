@@ -28,6 +28,7 @@ from hf_modular.checkpoints import Checkpoint, save_checkpoint
 from hf_modular.merging import MergeMethod, MergeRecipe, merge, merge_state_dicts
 from hf_modular.merging._method import Stack
 from hf_modular.merging.engine._pieces import Piece, PieceStacks
+from hf_modular.merging.engine._rounding import rounded
 from hf_modular.merging.engine._workers import Workers
 from hf_modular.merging.runs._memory import InMemory, Merged, engine_of
 
@@ -206,12 +207,12 @@ class MergeContract:
             found = (merged[name].dtype, merged[name].shape)
             _require(found == (tensor.dtype, tensor.shape), f"{name} became {found}")
 
-    def test_the_arithmetic_is_fp32_and_rounded_once(self, case: MergeCase) -> None:
+    def test_the_arithmetic_is_wide_and_rounded_once(self, case: MergeCase) -> None:
         narrow = case.states(torch.bfloat16)
-        base, models = narrow[0] and _float(narrow[0]), [_float(model) for model in narrow[1]]
-        wide = case.merged(base, models)
-        rounded = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in wide.items()}
-        _same(case.merged(*narrow), rounded, "A bfloat16 merge is not the fp32 merge, rounded.")
+        wider = torch.float64 if case.config.in_fp64 else torch.float32
+        wide = case.merged(narrow[0] and _wide(narrow[0], wider), [_wide(model, wider) for model in narrow[1]])
+        once = {name: rounded(x, torch.bfloat16) if x.is_floating_point() else x for name, x in wide.items()}
+        _same(case.merged(*narrow), once, f"A bfloat16 merge is not the {wider} merge, rounded.")
 
     # 6
     def test_integers_are_not_touched(self, case: MergeCase) -> None:
@@ -322,8 +323,8 @@ def _read(folder: Path) -> StateDict:
         return {name: checkpoint.read(name) for name in checkpoint.tensors}
 
 
-def _float(state: StateDict) -> StateDict:
-    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+def _wide(state: StateDict, dtype: torch.dtype) -> StateDict:
+    return {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
 def _bits(tensor: Tensor) -> bytes:

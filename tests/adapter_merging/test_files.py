@@ -166,6 +166,20 @@ def test_adapters_of_different_types_merge_in_weight_space(bases, tmp_path):
     assert difference(loaded, wanted, tiny.model("llama")) < 2e-6
 
 
+def test_what_is_tied_stays_tied(tmp_path):
+    """An embedding that adapters have trained whole, and the head with it."""
+    config = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    models = [one(LoraConfig(r=2, **config), "gemma", seed) for seed in (1, 2)]
+    for i, model in enumerate(models):
+        model.save_pretrained(tmp_path / str(i))
+    whole = [model.merge_and_unload().state_dict() for model in models]
+    wanted = {name: (whole[0][name] + whole[1][name]) / 2 for name in whole[0]}
+    merge_adapter_files(recipe("linear", [tmp_path / "0", tmp_path / "1"], [1, 1]), tmp_path / "out")
+    merged = PeftModel.from_pretrained(tiny.model("gemma"), tmp_path / "out").merge_and_unload()
+    assert merged.lm_head.weight is merged.get_input_embeddings().weight
+    assert difference(merged.state_dict(), wanted, tiny.model("gemma")) < 2e-6
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -1,10 +1,12 @@
 """RMM: adapters stored in one, and each of them had back."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from adapters import tiny
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -19,6 +21,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Could not find a config file in"),
     pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*lora_bias=True.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
+    pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`"),
 ]
 
 GRANULARITIES = ["position", "tensor", "layer"]
@@ -334,6 +338,139 @@ def test_a_task_is_deleted(tmp_path):
     loaded.save_pretrained(tmp_path / "two")
     again = PeftModel.from_pretrained(zoo(), tmp_path / "two" / "rmm", adapter_name="again").eval()
     assert torch.equal(at(again, "third"), before)
+
+
+def test_tasks_are_deleted_until_one_is_left_and_others_come(tmp_path):
+    model = adapted(lora(), lora())
+    loaded, _ = stored(model, tmp_path / "rmm", RMMConfig(p=1))
+    before = at(loaded, "second")
+    loaded.delete_task("first")
+    with pytest.raises(ValueError, match=r"must hold a task, but \['second'\] are all: delete the adapter instead"):
+        loaded.delete_task("second")
+    loaded.save_pretrained(tmp_path / "one")
+    again = PeftModel.from_pretrained(zoo(), tmp_path / "one" / "rmm").eval()
+    assert torch.equal(again(TOKENS), before)
+    report = add_task(again, "first", saved(model, tmp_path)[0])  # its direction is still there
+    assert report.error < 1e-5
+    again.revert("first", tmp_path / "back")
+    assert difference(merged_weights(back(tmp_path / "back"), "back"), merged_weights(model, "first"), zoo()) < 1e-5
+
+
+def back(folder):
+    return PeftModel.from_pretrained(zoo(), folder, adapter_name="back").eval()
+
+
+def test_an_adapter_that_is_not_active_is_meant_by_its_name(tmp_path):
+    model = three()
+    loaded, _ = stored(model, tmp_path / "rmm", RMMConfig(p=2))
+    folders = saved(model, tmp_path)
+    merge_adapter_files(recipe(folders[:2], parameters={"p": 1}), tmp_path / "two")
+    loaded.load_adapter(tmp_path / "two", adapter_name="two")
+    loaded.set_task("third")
+    loaded.set_task("second", adapter_name="two")
+    loaded.revert("first", tmp_path / "back", adapter_name="two")
+    with pytest.warns(UserWarning, match="relative error"):
+        add_task(loaded, "new", folders[2], adapter_name="two")
+    loaded.delete_task("first", adapter_name="two")
+    assert (loaded.task, loaded.tasks) == ("third", [*NAMES])
+    loaded.set_adapter("two")
+    assert (loaded.task, loaded.tasks) == ("second", ["second", "new"])
+    assert difference(merged_weights(back(tmp_path / "back"), "back"), merged_weights(model, "first"), zoo()) < 1e-5
+
+
+def test_a_task_is_written_over_nothing(tmp_path):
+    model = adapted(lora(target_modules=["fc"]), lora(target_modules=["fc"]))
+    loaded, _ = stored(model, tmp_path / "rmm", RMMConfig(p=1))
+    before = tensors(tmp_path / "rmm")
+    with pytest.raises(ValueError, match=r"must be absent or empty, but .*rmm holds"):
+        loaded.revert("first", tmp_path / "rmm")
+    assert tensors(tmp_path / "rmm").keys() == before.keys()
+    loaded.revert("first", tmp_path / "rmm", overwrite=True)
+    assert back(tmp_path / "rmm").peft_config["back"].peft_type == "LORA"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda loaded, folder: loaded.delete_task("first"),
+        lambda loaded, folder: add_task(loaded, "new", folder),
+        lambda loaded, folder: loaded.set_task("second"),
+        lambda loaded, folder: loaded.revert("second", folder.parent / "back"),
+    ],
+    ids=["delete", "add", "set", "revert"],
+)
+def test_what_is_merged_is_left_alone(change, tmp_path):
+    model = adapted(lora(target_modules=["fc"]), lora(target_modules=["fc"]))
+    loaded, _ = stored(model, tmp_path / "rmm", RMMConfig(p=1))
+    folder = Path(saved(model, tmp_path)[0])
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items() if "hfm_rmm" in name}
+    config = loaded.peft_config["rmm"].to_dict()
+    loaded.merge_adapter()
+    with pytest.raises(ValueError, match=r"Adapter 'rmm' is merged into 'fc': call `unmerge_adapter` first"):
+        change(loaded, folder)
+    loaded.unmerge_adapter()
+    assert loaded.peft_config["rmm"].to_dict() == config
+    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in before.items())
+
+
+# -- numbers that round, and nothing at all ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+def test_the_error_counts_the_rounding(dtype, granularity, tmp_path):
+    """At a sufficient p nothing else is lost, and the task that goes back has the same error."""
+    model = adapted(lora(), lora(r=2), lora())
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    folders = saved(model, tmp_path)
+    report = merge_adapter_files(recipe(folders, parameters={"p": 9, "granularity": granularity}), tmp_path / "rmm")
+    assert {tensor.dtype for tensor in tensors(tmp_path / "rmm").values()} == {dtype}
+    assert report.notes == ["3 adapters differ in 2 directions at most: p=9 is not needed"]
+    loaded = PeftModel.from_pretrained(zoo(), tmp_path / "rmm", adapter_name="rmm").eval()
+    for task, folder in zip(NAMES, folders, strict=True):
+        loaded.revert(task, tmp_path / f"{task}-again")
+        wanted = merged_weights(back(folder), "back")
+        found = difference(merged_weights(back(tmp_path / f"{task}-again"), "back"), wanted, zoo())
+        assert report.tasks[task] == pytest.approx(found, rel=0.02)
+        assert 1e-5 < found < 1e-2
+
+
+def test_what_is_stored_of_nothing_is_an_error(tmp_path):
+    """Of an adapter that was never trained, and of a layer that a new one has not: something comes back of them."""
+    model = adapted(lora(target_modules=["fc", "gpt"]), lora(target_modules=["fc", "gpt"]))
+    model.add_adapter("third", lora(target_modules=["fc", "gpt"]))  # its B is nothing
+    loaded, report = stored(model, tmp_path / "rmm", RMMConfig(p=1))
+    assert report.tasks["third"] == 1
+    adapted(lora(target_modules=["fc"])).save_pretrained(tmp_path / "new")
+    with pytest.warns(UserWarning, match="relative error"):
+        added = add_task(loaded, "new", tmp_path / "new" / "first")
+    assert added.layers["gpt"]["error"] == 1
+    assert 0 < added.layers["fc"]["error"] != 1
+
+
+def test_tied_and_scaled_embeddings(tmp_path):
+    """Gemma's, on which the adapters are, or which they have trained whole together with the head."""
+    on_it = {"target_modules": ["embed_tokens", "q_proj"]}
+    whole = {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"], "ensure_weight_tying": True}
+    for case, settings in {"on": on_it, "whole": whole}.items():
+        folders = [tmp_path / case / name for name in NAMES[:2]]
+        for seed, folder in enumerate(folders):
+            tiny.move(get_peft_model(tiny.model("gemma"), LoraConfig(r=2, **settings)), seed, 0.2).save_pretrained(
+                folder
+            )
+        tiny.model("gemma").save_pretrained(tmp_path / "base")
+        merge_adapter_files(
+            recipe(folders, parameters={"p": 1}, base_model=str(tmp_path / "base")), tmp_path / f"{case}-rmm"
+        )
+        loaded = PeftModel.from_pretrained(tiny.model("gemma"), tmp_path / f"{case}-rmm").eval()
+        loaded.revert("second", tmp_path / f"{case}-back")
+        loaded.set_task("second")
+        plain = PeftModel.from_pretrained(tiny.model("gemma"), tmp_path / f"{case}-back").eval()
+        wanted = tiny.run(PeftModel.from_pretrained(tiny.model("gemma"), folders[1]).eval())
+        assert_close(tiny.run(loaded), wanted, rtol=1e-4, atol=1e-5)
+        assert_close(tiny.run(plain), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_the_ranks_of_the_masks(r: int, seed: int) -> None:
 def test_gradients_of_the_matrix_products(
     form: str, r: int, shape: tuple[int, int], bias: bool, scale_shift: bool
 ) -> None:
-    """The hand-written backward, against finite differences; sides that r divides, and does not."""
+    """The hand-written backward and its own, against finite differences; sides that r divides, and does not."""
     made = adapter(HUTConfig(r=r, form=form, scale_shift=scale_shift), *shape, bias=bias)
     weight, before = weights(*shape)
     x = torch.randn(2, 3, shape[1], dtype=torch.float64, requires_grad=True)
@@ -126,6 +126,8 @@ def test_gradients_of_the_matrix_products(
 
     made.forward = made.linear  # type: ignore[method-assign]
     assert torch.autograd.gradcheck(run, (x, *parameters))
+    for inputs in (x, x.detach()):  # whether or not something before the layer is trained
+        assert torch.autograd.gradgradcheck(run, (inputs, *parameters))
 
 
 def test_a_base_weight_that_is_trained_too_gets_its_gradient() -> None:

@@ -162,7 +162,7 @@ def test_all_private_is_lora_in_training_too():
             trained(x).square().sum().backward()
             optimizer.step()
     assert not torch.equal(ours(x), blocks()(x))
-    assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-5)
+    assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-5)
 
 
 def test_the_gradient_of_a_shard_is_the_sum_over_its_uses():

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import current_process, get_context
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
+from threading import current_thread, main_thread
 from types import TracebackType
 from typing import Any, NamedTuple, Self, TypeVar
 
@@ -29,8 +30,10 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
 
 def can_fork() -> bool:
-    """Not where Python lets a process have no children, such as the workers of its own pools."""
-    return sys.platform == "linux" and not current_process().daemon
+    """Not in workers of Python's own pools, which may have no children, nor beside the main thread, since children die
+    with the thread that made them.
+    """
+    return sys.platform == "linux" and not current_process().daemon and current_thread() is main_thread()
 
 
 class Forks:
@@ -96,7 +99,7 @@ class _Child:
     def give(self, items: Iterator[tuple[int, Any]]) -> None:
         """The next item, if there is one."""
         for number, item in items:
-            self.connection.send(item)
+            self._send(item)
             self.has.append(number)
             return
 
@@ -106,7 +109,7 @@ class _Child:
 
     def dismiss(self) -> int:
         """Let it end; returns how many bytes of memory it took for itself."""
-        self.connection.send(_END)
+        self._send(_END)
         taken: int = self._received().result()
         self._process.join()
         self.connection.close()
@@ -117,15 +120,24 @@ class _Child:
         self._process.join()
         self.connection.close()
 
+    def _send(self, item: Any) -> None:
+        try:
+            self.connection.send(item)
+        except ConnectionError:
+            raise self._dead() from None
+
     def _received(self) -> _Outcome:
         try:
             return _Outcome(*self.connection.recv())
         except (EOFError, ConnectionError):
-            self._process.join()
-            raise RuntimeError(
-                f"a worker process ended with exit code {self._process.exitcode}, perhaps because memory ran out: "
-                "use fewer `workers`"
-            ) from None
+            raise self._dead() from None
+
+    def _dead(self) -> RuntimeError:
+        self._process.join()
+        code = self._process.exitcode
+        return RuntimeError(
+            f"a worker process ended with exit code {code}, perhaps because memory ran out: use fewer `workers`"
+        )
 
 
 _END = None  # in place of an item
