@@ -6,6 +6,7 @@ libraries do not bear to be copied while they run.
 """
 
 import ctypes
+import gc
 import os
 import pickle
 import signal
@@ -25,6 +26,7 @@ from hf_modular.merging.engine._workers import worker_count
 S = TypeVar("S")
 T = TypeVar("T")
 
+_KEPT = 1 << 24  # bytes
 _AHEAD = 2  # items that a child has, so that it need not wait for the next
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux's prctl
 
@@ -147,6 +149,8 @@ def _serve(function: Callable[[Any], Any], connection: Connection, parent: int) 
     """What a child does."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
+    gc.freeze()  # what comes from the parent is no garbage, and to look at it would copy it
+    bytearray(_KEPT)  # is given back at once, from which glibc learns to keep so much for the next block
     while os.getppid() == parent and (item := connection.recv()) is not _END:
         connection.send(_attempt(function, item))
     connection.send((own_memory(), None))

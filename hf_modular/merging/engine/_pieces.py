@@ -88,7 +88,9 @@ def shares(pieces: Iterable[Piece], block: int) -> Iterator[list[Piece]]:
 
 def _thinned(stack: Stack, count: int) -> Stack:
     """Some of the elements, spread evenly."""
-    step = max(stack.base.numel() // count, 1)
+    step = (
+        stack.base.numel() // count | 1
+    )  # odd, so that it does not meet the same columns of a matrix in all its rows
     return replace(
         stack,
         base=stack.base.flatten()[::step],
