@@ -1,10 +1,11 @@
-"""Examples of a data set as batches without padding."""
+"""Examples of a data set as batches without padding, and a model that only looks at them."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 LABELS = ("labels", "label")
 
@@ -26,6 +27,17 @@ def batches(dataset: Rows, size: int, device: torch.device) -> Iterator[dict[str
         for start in range(0, len(rows), size):
             part = rows[start : start + size]
             yield {name: torch.stack([row[name] for row in part]).to(device) for name in part[0]}
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model without dropout, for a while."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def _tensors(row: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ An adapter in a folder is read, too: one that is all zeros, or not finite, looks
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -194,11 +195,11 @@ def _settings(found: _Found) -> dict[str, Any]:
 
 def _architecture(found: _Found) -> tuple[dict[str, str], list[str]]:
     """What is tied, and how the names and shapes differ from those of the model that transformers would build."""
-    from hf_modular.merging.sources._architecture import architecture
+    from hf_modular.merging.sources._names import known_by
     from hf_modular.merging.sources._quantised import quantisation
 
     problems = [f"there is no {CONFIG}"] if not found.config else []
-    known = architecture(found.config)
+    known = known_by(found.config, found.tensors.keys())
     if not known.shapes or quantisation(found.config):
         return {}, problems
     tied = {name: other for name, other in known.tied.items() if name not in found.tensors and other in found.tensors}
@@ -206,6 +207,10 @@ def _architecture(found: _Found) -> tuple[dict[str, str], list[str]]:
         shape = known.shapes.get(name)
         if shape is not None and shape != tensor.shape:
             problems.append(f"{name} must have the shape {shape} by the config, but has {tensor.shape}")
+    there = {*found.tensors, *tied, *(known.tied[name] for name in found.tensors.keys() & known.tied.keys())}
+    lacking = [n for n in known.shapes if n not in there and not any(re.search(made, n) for made in known.made)]
+    if lacking and found.tensors.keys() <= known.shapes.keys():
+        problems.append(f"transformers would draw at random what is not there: {_few(lacking)}")
     return tied, problems
 
 

@@ -20,7 +20,7 @@ MAY_IMPORT = {
     "adapters": {"_version", "_reversible", "checkpoints"},
     "adapter_merging": {"_lazy", "_version", "_reversible", "checkpoints", "adapters", "merging"},
     "merging": {"_lazy", "_version", "checkpoints"},
-    "fisher": {"checkpoints", "merging"},
+    "fisher": {"_batches", "checkpoints", "merging"},
     "optim": set(),
     "_batches": set(),
     "calibration": {"_batches", "checkpoints", "merging"},

@@ -59,6 +59,19 @@ def test_a_model_that_is_not_the_one_of_its_config(tmp_path):
     assert inspect(tmp_path).problems == ["there is no config.json"]
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_is_not_there(tied, tmp_path):
+    """It is one with the embeddings, or transformers would make one up."""
+    settings = {"hidden_size": 8, "intermediate_size": 6, "num_attention_heads": 2, "num_hidden_layers": 1}
+    config = tf.LlamaConfig(vocab_size=24, tie_word_embeddings=tied, **settings)
+    tf.LlamaForCausalLM(config).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights.pop("lm_head.weight", None)
+    save_file(weights, tmp_path / "model.safetensors")
+    wanted = [] if tied else ["transformers would draw at random what is not there: lm_head.weight"]
+    assert inspect(tmp_path).problems == wanted
+
+
 def test_experts_under_other_names_are_no_problem(tmp_path):
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
     tf.MixtralForCausalLM(

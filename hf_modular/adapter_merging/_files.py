@@ -24,40 +24,16 @@ from hf_modular.adapter_merging._source import PREFIX, Base, Change, Source, ref
 from hf_modular.adapters._layout import layout_of
 from hf_modular.adapters._method import Site, pattern_value
 from hf_modular.checkpoints import Checkpoint
-from hf_modular.merging.sources._sources import locate
-
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
+from hf_modular.merging.sources._adapter_folder import ADAPTER_CONFIG, ADAPTER_WEIGHTS, AdapterFolder, model_class
+from hf_modular.merging.sources._outline import Outline
+from hf_modular.merging.sources._sources import locate, open_source
 
 _LORA = re.compile(r"^(?P<layer>.+?)\.(?P<part>lora_(?:embedding_)?[AB](?:\.(?:weight|bias))?)$")
-
-# PEFT's task types: the class of transformers whose layers' names the adapter has
-TASKS = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-}
 
 
 def locate_adapter(reference: str) -> Path:
     """The folder of an adapter, or of a repository given as `name` or `name@revision`, downloaded unless cached."""
-    folder = Path(reference).expanduser()
-    if folder.is_dir():
-        return folder
-    name, _, revision = reference.partition("@")
-    if re.match(r"[./~]|.:", reference) or name.count("/") > 1 or "\\" in reference:
-        raise FileNotFoundError(f"There is no folder {reference}.")
-    from huggingface_hub import snapshot_download
-
-    try:
-        patterns = [ADAPTER_CONFIG, ADAPTER_WEIGHTS]
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-    except (OSError, ValueError) as error:
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise FileNotFoundError(f"{reference} is no folder here, and the Hub does not give it: {reason}") from error
+    return locate(reference, (ADAPTER_CONFIG, ADAPTER_WEIGHTS))[0]
 
 
 def open_adapters(references: list[str], base_model: str | None) -> tuple[list[Source], Base]:
@@ -78,11 +54,8 @@ class _File(NamedTuple):
 
     @classmethod
     def open(cls, reference: str) -> "_File":
-        folder = locate_adapter(reference)
-        for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{reference} is no adapter: it has no {name}.")
-        return cls(reference, PeftConfig.from_pretrained(str(folder)), Checkpoint(folder / ADAPTER_WEIGHTS))
+        found = AdapterFolder(reference, locate_adapter(reference))
+        return cls(reference, found.config, found.weights)
 
     @property
     def is_bare(self) -> bool:
@@ -236,12 +209,16 @@ class BaseFolder:
 
     @classmethod
     def located(cls, reference: str, config: PeftConfig) -> "BaseFolder":
-        named = (config.auto_mapping or {}).get("base_model_class")
-        return cls(reference, locate(reference)[0], named or TASKS.get(str(config.task_type)))
+        return cls(reference, locate(reference)[0], model_class(config))
 
     @cached_property
     def weights(self) -> Checkpoint:
-        return Checkpoint(self.folder)
+        return open_source(self.reference).weights  # which a quantised model has none of
+
+    @cached_property
+    def outline(self) -> Outline:
+        """What is stored for each of the model's weights, where that goes by other names."""
+        return Outline(self.model, self.weights.tensors, self.reference)
 
     @cached_property
     def model(self) -> nn.Module:
@@ -280,14 +257,15 @@ class BaseFolder:
         return layout_of(self.model.get_submodule(name), name).canonical(weight)
 
     def tensor(self, name: str) -> Tensor | None:
-        stored = self.find(name)
-        return None if stored is None else self.weights.read(stored)
+        if (stored := self.find(name)) is not None:
+            return self.weights.read(stored)
+        return self.outline.read(name, self.weights.read) if self.outline.origin(name) else None
 
     def read(self, name: str) -> Tensor:
-        stored = self.find(name)
-        if stored is None:
+        found = self.tensor(name)
+        if found is None:
             raise ValueError(f"The base model {self.reference} has no tensor '{name}', which an adapter changes.")
-        return self.weights.read(stored)
+        return found
 
     def find(self, name: str) -> str | None:
         """The name in the checkpoint: a model with a head has a prefix where one without has none."""

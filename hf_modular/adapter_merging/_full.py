@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_modular.adapter_merging._extract import FineTuned
-from hf_modular.adapter_merging._files import ADAPTER_CONFIG, BaseFolder, NoBase, locate_adapter, open_adapters
+from hf_modular.adapter_merging._files import BaseFolder, NoBase, locate_adapter, open_adapters
 from hf_modular.adapter_merging._source import Base, Source
 from hf_modular.adapters._layout import layout_of
+from hf_modular.merging.sources._adapter_folder import ADAPTER_CONFIG
 
 
 def open_models(references: list[str], base_model: str | None) -> tuple[list[Source], Base]:

@@ -9,11 +9,11 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from hf_modular.adapter_merging._files import ADAPTER_WEIGHTS
 from hf_modular.adapter_merging._report import AdapterReport
 from hf_modular.adapter_merging._source import PREFIX, Source, widest
 from hf_modular.adapters._method import Site
 from hf_modular.checkpoints import refuse_occupied
+from hf_modular.merging.sources._adapter_folder import ADAPTER_WEIGHTS
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from hf_modular._reversible import Granularity, Parts, decomposed, restored
 from hf_modular.adapter_merging._extract import FineTuned, lost_note
-from hf_modular.adapter_merging._files import TASKS
 from hf_modular.adapter_merging._heads import Head, heads_of
 from hf_modular.adapter_merging._matrix import LowRank, Matrix, balanced, squared_distance, truncated
 from hf_modular.adapter_merging._report import AdapterReport, relative
@@ -24,6 +23,7 @@ from hf_modular.adapter_merging._rmm_config import RMMConfig
 from hf_modular.adapter_merging._source import PREFIX, Base, Source, all_sites, widest
 from hf_modular.adapters import RMMAdapterConfig
 from hf_modular.adapters._method import Site
+from hf_modular.merging.sources._adapter_folder import TASKS
 
 REMEDY = "Choose a higher `p`: at the number of adapters less one, each is as it was."
 _SLOT = "hfm_rmm_adapter"

@@ -1,14 +1,14 @@
 """The linear layers of a model, and what goes into them while it runs."""
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_modular._batches import LABELS, Rows, batches
+from hf_modular._batches import LABELS, Rows, batches, evaluating
 
 See = Callable[[str, nn.Module, Tensor], None]  # of a layer's name, the layer and its input (rows, features)
 
@@ -31,7 +31,7 @@ def run_through(model: nn.Module, dataset: Rows, batch_size: int, see: See) -> N
     layers = linear_layers(model)
     if not layers:
         raise ValueError(f"a {type(model).__name__} must have linear layers, but has none")
-    with _evaluating(model), ExitStack() as stack:
+    with evaluating(model), ExitStack() as stack:
         for path, layer in layers.items():
             hook = layer.register_forward_pre_hook(_shown(path, see))
             stack.callback(hook.remove)
@@ -55,14 +55,3 @@ def _shown(path: str, see: See) -> Callable[[nn.Module, Any], None]:
         see(path, layer, x.reshape(-1, x.shape[-1]).float())
 
     return hook
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -9,8 +9,7 @@ has a vocabulary of its own. With labels="given" it is the empirical Fisher info
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from hf_modular._batches import evaluating
 from hf_modular.checkpoints import CheckpointWriter, TensorInfo, refuse_occupied
 from hf_modular.fisher._examples import Reader, Rows
 from hf_modular.fisher._likelihood import Problem
@@ -90,7 +90,7 @@ def fisher_information(
         squares.add([reader.example(dataset[i], i) for i in numbers], sums, batch_size)
 
     zeros = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in chosen.items()}
-    with _evaluating(whole):
+    with evaluating(whole):
         sums = sums_over(len(dataset), _WINDOW * batch_size, work, zeros, store, "Fisher information", progress)
     fisher = {stored: sums[name] / len(dataset) for name, all_names in names.items() for stored in all_names}
     _check_finite(fisher)
@@ -137,17 +137,6 @@ def _state_dict(model: nn.Module) -> Mapping[str, Tensor]:
 def _sample(parameters: Mapping[str, nn.Parameter]) -> dict[str, list[float]]:
     """A few numbers of each parameter, by which the model is known again."""
     return {name: p.detach().flatten()[:: p.numel() // 8 + 1].tolist() for name, p in parameters.items()}
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _check_finite(fisher: Mapping[str, Tensor]) -> None:

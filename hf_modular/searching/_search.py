@@ -82,8 +82,7 @@ def search(
 
 def _glance(recipe: MergeRecipe) -> list[list[Any]]:
     """Of the files of weights that are here, by which they are known again."""
-    names = dict.fromkeys([recipe.reference_model, *(n for entry in recipe.models for n in entry.references.values())])
-    files = [file for name in names for file in sorted(Path(name).glob("*.safetensors"))]
+    files = [file for name in recipe.references for file in sorted(Path(name).glob("*.safetensors"))]
     return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 

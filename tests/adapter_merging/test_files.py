@@ -1,5 +1,6 @@
 """Adapters in folders: merged without a model as they are in one."""
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -10,6 +11,7 @@ from adapters import tiny
 from peft import AdaLoraConfig, IA3Config, LoHaConfig, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from adapter_merging.zoo import NAMES, TOKENS, adapted, difference, lora, merged_weights, zoo
 from hf_modular import FLoRAConfig, HUTConfig, MoSConfig, SSFConfig, merge_adapter_files, merge_adapters
@@ -268,7 +270,7 @@ def test_nothing_is_written_where_something_is(tmp_path):
 
 
 def test_a_folder_without_an_adapter_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"There is no folder ./nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder ./nowhere"):
         merge_adapter_files(recipe("linear", ["./nowhere", "x"], [1, 1]), tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"is no adapter: it has no adapter_config\.json"):
         merge_adapter_files(recipe("linear", [tmp_path], [1]), tmp_path / "out")
@@ -283,3 +285,45 @@ def test_a_damaged_config_is_refused(tmp_path):
         ValueError, match=r"must be \(r, in\) and \(out, r\) with the config's r, but for layer 'conv1'"
     ):
         merge_adapter_files(recipe("linear", folders, [1, 1]), tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def seeing(tmp_path_factory):
+    """A model that transformers saves by other names than it has, with two adapters that depend on its weights."""
+    folder = tmp_path_factory.mktemp("seeing")
+    sizes = {"hidden_size": 8, "intermediate_size": 6, "num_attention_heads": 2, "num_hidden_layers": 1}
+    text, vision = LlamaConfig(vocab_size=24, **sizes), CLIPVisionConfig(image_size=8, patch_size=4, **sizes)
+    torch.manual_seed(0)
+    LlavaForConditionalGeneration(LlavaConfig(text_config=text, vision_config=vision)).save_pretrained(folder / "base")
+    for name in NAMES[:2]:
+        config = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+        model = get_peft_model(LlavaForConditionalGeneration.from_pretrained(folder / "base"), config)
+        tiny.move(model, len(name), 0.1)
+        model.save_pretrained(folder / name)
+    return folder
+
+
+def test_a_base_that_is_saved_by_other_names(seeing, tmp_path):
+    merge_adapter_files(
+        recipe("linear", [seeing / name for name in NAMES[:2]], [1, 1]) | {"rank": 8}, tmp_path / "out"
+    )
+    base = LlavaForConditionalGeneration.from_pretrained(seeing / "base")
+    merged = [
+        PeftModel.from_pretrained(copy.deepcopy(base), folder).merge_and_unload().state_dict()
+        for folder in (seeing / NAMES[0], seeing / NAMES[1], tmp_path / "out")
+    ]
+    for name, tensor in merged[2].items():
+        assert_close(tensor, (merged[0][name] + merged[1][name]) / 2, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:The PEFT config's `base_model_name_or_path` was renamed")
+def test_a_quantised_base_is_refused(seeing, tmp_path):
+    shutil.copytree(seeing / "base", tmp_path / "base")
+    path = tmp_path / "base" / "config.json"
+    settings = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    content = recipe(
+        "linear", [seeing / name for name in NAMES[:2]], [1, 1], base_model=str(tmp_path / "base"), rank=8
+    )
+    with pytest.raises(ValueError, match="is quantised"):
+        merge_adapter_files(content, tmp_path / "out")

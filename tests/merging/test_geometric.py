@@ -184,6 +184,13 @@ def test_at_karchers_mean_the_pulls_cancel_out(seed, n, size):
     assert pull.norm() < 1e-5
 
 
+def test_eps_says_when_directions_cancel_out():
+    weights = torch.tensor([0.25, 0.75])
+    inner = torch.eye(2)
+    assert not torch.equal(MultiSLERPConfig().coefficients(inner, weights), weights)
+    assert torch.equal(MultiSLERPConfig(eps=0.9).coefficients(inner, weights), weights)
+
+
 def test_without_a_step_karcher_is_multislerp():
     models = tensors(3)
     stack = stack_of(models[0], *models, weights=[0.5, 0.2, 0.9], has_base=False)

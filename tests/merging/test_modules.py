@@ -10,14 +10,19 @@ from transformers import (
     BartConfig,
     BartForConditionalGeneration,
     BartForSequenceClassification,
+    BertConfig,
     CLIPConfig,
     CLIPModel,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     T5Config,
@@ -119,7 +124,17 @@ def same(found, expected):
     return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def two_berts():
+    small = {"vocab_size": 24, **TEXT}
+    of_each = (
+        BertConfig(**small | {"num_hidden_layers": 2}),
+        BertConfig(is_decoder=True, add_cross_attention=True, **small),
+    )
+    return EncoderDecoderModel(EncoderDecoderConfig.from_encoder_decoder_configs(*of_each))
+
+
 KINDS = {
+    "two berts": (two_berts, ["encoder", "decoder"]),
     "t5": (t5, ["encoder", "decoder", "shared"]),
     "bart": (bart, ["encoder", "decoder", "shared"]),
     "bart by names": (bart, ["model.encoder.layers", "model.decoder.layers", "default"]),
@@ -194,6 +209,37 @@ def test_layers_of_an_encoder_and_of_a_decoder(tmp_path):
     assert (len(model.encoder.block), len(model.decoder.block)) == (5, 3)
     tokens = torch.tensor([[3, 1, 4]])
     assert torch.isfinite(model(input_ids=tokens, decoder_input_ids=tokens).logits).all()
+
+
+def test_layers_of_models_within_a_model(tmp_path):
+    a, b = saved(tmp_path, two_berts(), "a", "b")
+    merge(recipe(encoder=layers((a, 0, 2), (b, 0, 1)), decoder=layers((b, 1, 3))), tmp_path / "out", verify=True)
+    out = config_of(tmp_path / "out")
+    assert (out["encoder"]["num_hidden_layers"], out["decoder"]["num_hidden_layers"]) == (3, 2)
+    name = "encoder.layer.{}.output.dense.weight"
+    assert torch.equal(read(tmp_path / "out")[f"encoder.{name.format(2)}"], read(b)[f"encoder.{name.format(0)}"])
+
+
+def test_experts_and_tokens_of_models_that_are_saved_by_other_names(tmp_path):
+    """transformers knows the tensors by one name and saves them by another."""
+    settings = {"num_local_experts": 2, **LLAMA}
+    a, b = saved(tmp_path, MixtralForCausalLM(MixtralConfig(**settings)), "a", "b")
+    merge({"merge_method": "passthrough", **layers((a, 0, 2), (b, 1, 3))}, tmp_path / "out", verify=True)
+    out, key = read(tmp_path / "out"), "block_sparse_moe.experts.1.w2.weight"
+    assert torch.equal(out[f"model.layers.3.{key}"], read(b)[f"model.layers.2.{key}"])
+    assert torch.equal(out["model.norm.weight"], read(b)["model.norm.weight"])
+    content = {"merge_method": "linear", **all_of(*saved(tmp_path, gemma3(), "c"), *more_tokens(tmp_path))}
+    with pytest.raises(ValueError, match=r"the vocabularies must have one size, but .*c has 24, .*d has 26"):
+        merge(content, tmp_path / "none")
+    merge(content | {"vocab": "truncate"}, tmp_path / "less", verify=True)
+    assert read(tmp_path / "less")["language_model.model.embed_tokens.weight"].shape == (24, 8)
+    assert config_of(tmp_path / "less")["text_config"]["vocab_size"] == 24
+
+
+def more_tokens(folder):
+    model = gemma3()
+    model.resize_token_embeddings(26)
+    return saved(folder, model, "d")
 
 
 def test_other_names_of_one_number_follow(tmp_path):

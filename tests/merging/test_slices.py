@@ -124,6 +124,21 @@ def test_slices_are_merged_with_their_own_settings(llamas, tmp_path):
     torch.testing.assert_close(out["lm_head.weight"], sum(m["lm_head.weight"] for m in (a, b, c)))
 
 
+def test_filters_look_at_the_names_in_the_models(llamas, tmp_path):
+    """As in mergekit, for settings that may differ between models: layers have other numbers in the result."""
+    a, b, _ = llamas
+    sources = [{"model": a, "layer_range": [2, 4]}, {"model": b, "layer_range": [1, 3]}]
+    sources[0]["parameters"] = {"weight": [{"filter": "layers.2.", "value": 5}]}
+    weight = [{"filter": "layers.1.", "value": 7}, {"value": 2}]
+    recipe = {"merge_method": "linear", "slices": [{"sources": sources}]}
+    merge(recipe | {"parameters": {"weight": weight, "normalize": False}}, tmp_path / "out")
+    out, a, b = map(read, (tmp_path / "out", a, b))
+    for name, tensor in layer(out, 0).items():
+        torch.testing.assert_close(tensor, 5 * layer(a, 2)[name] + 7 * layer(b, 1)[name])
+    for name, tensor in layer(out, 1).items():
+        torch.testing.assert_close(tensor, 2 * layer(a, 3)[name] + 2 * layer(b, 2)[name])
+
+
 def test_layers_of_one_model_are_merged_with_each_other(llamas, tmp_path):
     sources = [{"model": llamas[0], "layer_range": [first, first + 2]} for first in (0, 2)]
     merge({"merge_method": "linear", "slices": [{"sources": sources}]}, tmp_path / "out")

@@ -129,7 +129,10 @@ def assemble(recipe: MergeRecipe, sources: Mapping[str, Source]) -> Assembly:
     planned = {name: tensor for part in parts for name, tensor in part.plan.items()}
     problems = [*vocabulary.problems, *heads.problems, *found.problems]
     problems += [] if problems else [*misfits(planned, reference, config)]
-    notes += [*vocabulary.notes, *_idle_filters(recipe, planned)]
+    notes += [
+        *vocabulary.notes,
+        *_idle_filters(recipe, {*planned, *(name for view in models.values() for name in view.tensors)}),
+    ]
     return Assembly(parts, notes, problems, config, vocabulary.tokenizer)
 
 
@@ -262,11 +265,13 @@ class _Slicer:
         result = self.cut[self.recipe.reference_model].stack
         places = {name: place for name in plan if result and (place := result.place(name))}
         depth = {name: (place.layer - first) / last if last else 1.0 for name, place in places.items()}
+        models = [self._renamed(column, index) for column in section.models]
+        own = {name: [model.names.get(name, name) for model in models] for name in plan}
         return Part(
             plan=plan,
-            settings={name: section.settings.at(name, depth.get(name, 0.0)) for name in plan},
+            settings={name: section.settings.at(name, depth.get(name, 0.0), own[name]) for name in plan},
             base=self._renamed(section.base, index) if section.base else None,
-            models=[self._renamed(column, index) for column in section.models],
+            models=models,
             carrier=lead,
             fallback=self.recipe.method,
         )

@@ -3,7 +3,7 @@
 They go by mergekit's names, or by the part of the names of tensors by which they differ.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hf_modular.merging.assembly._layers import LayerStack, layer_stacks
@@ -56,7 +56,7 @@ def modules(source: Source, names: Collection[str] = ()) -> list[Module]:
     found: dict[LayerStack | None, list[str]] = {stack: [] for stack in (*stacks, None)}
     for name in loose:
         found[_home(source, name, owners, texts)].append(name)
-    named = [Module(_names(stack, stacks, seeing=seeing), stack, tuple(found[stack])) for stack in stacks]
+    named = [Module(_names(stack, owners, seeing=seeing), stack, tuple(found[stack])) for stack in stacks]
     rest = _REST[::-1] if seeing else _REST
     return [*named, *([Module(rest, None, tuple(found[None]))] if found[None] else [])]
 
@@ -105,9 +105,9 @@ def _home(source: Source, name: str, owners: dict[LayerStack, str], texts: Layer
     return texts if stack is None and name in known(source).vocabulary else stack
 
 
-def _names(stack: LayerStack, stacks: Sequence[LayerStack], *, seeing: bool) -> tuple[str, ...]:
-    """What a stack may be called: by its role, or by a part that only its names have."""
-    others = {part for other in stacks if other != stack for part in other.stem.split(".")}
-    own = [part for part in stack.stem.split(".") if part and part not in others]
+def _names(stack: LayerStack, owners: Mapping[LayerStack, str], *, seeing: bool) -> tuple[str, ...]:
+    """What a stack may be called: by its role, or by where it is."""
+    last = [owner.split(".")[-2] for owner in owners.values()]
+    where = owners[stack].split(".")[-2]
     roles = _ROLES.get(_part(stack) or "text_config", ()) if seeing else ()
-    return (*dict.fromkeys([*roles, *own]),) or (stack.stem[:-1],)
+    return (*roles, where if last.count(where) == 1 else owners[stack][:-1])

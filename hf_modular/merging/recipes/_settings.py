@@ -35,16 +35,28 @@ class Settings:
             for value in settings.values():
                 yield from (case["filter"] for case in _cases(value) if case.get("filter") not in (None, "*"))
 
-    def at(self, name: str, depth: float) -> "Resolved":
-        """The settings for a tensor at a depth from 0 to 1 of the model."""
+    def at(self, name: str, depth: float, names: Sequence[str] | None = None) -> "Resolved":
+        """The settings for a tensor at a depth from 0 to 1 of the model.
+
+        Args:
+            names: What each model calls it, where layers are renumbered: filters of settings that may differ between
+                models look at that, as in mergekit.
+        """
         shared = {key: evaluate(value, name, depth) for key, value in self.shared.items()}
         plain = {key: value for key, value in shared.items() if value is not None and key != "weight"}
         method = _replaced(self.method, tuple(plain.items()))
-        own = [{key: evaluate(value, name, depth) for key, value in model.items()} for model in self.models]
+        own = [self._own(i, its, depth) for i, its in enumerate(names or [name] * len(self.models))]
         given = sorted({key for model in own for key in model} & _per_model(self.method))
         each = {key: _for_each(own, key, getattr(method, key)) for key in given}
         weight = shared.get("weight")
         return Resolved(cast(MergeMethod, method), _for_each(own, "weight", 1.0 if weight is None else weight), each)
+
+    def _own(self, model: int, name: str, depth: float) -> dict[str, Any]:
+        """A model's own settings for a tensor, and those of all that filters give to some tensors only."""
+        kinds = {"weight", *_per_model(self.method)}
+        filtered = {key: value for key, value in self.shared.items() if key in kinds and _filtered(value)}
+        settings = chained(self.models[model], filtered)
+        return {key: evaluate(value, name, depth) for key, value in settings.items()}
 
 
 @dataclass(frozen=True)

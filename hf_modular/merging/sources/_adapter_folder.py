@@ -16,7 +16,7 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."  # of every key in the file of an adapter
 
 # PEFT's task types: the class of transformers that the adapter was trained on
-_TASKS = {
+TASKS = {
     "CAUSAL_LM": "AutoModelForCausalLM",
     "FEATURE_EXTRACTION": "AutoModel",
     "QUESTION_ANS": "AutoModelForQuestionAnswering",
@@ -68,8 +68,7 @@ class AdapterFolder:
     @property
     def model_class(self) -> str | None:
         """The class of transformers that the adapter was trained on, if its config says so."""
-        named = (self.config.auto_mapping or {}).get("base_model_class")
-        return named or _TASKS.get(str(self.config.task_type))
+        return model_class(self.config)
 
     @cached_property
     def names(self) -> dict[str, str]:
@@ -100,6 +99,12 @@ class AdapterFolder:
                 "changed in a way that cannot be repeated: save it with `path_initial_model_for_weight_conversion`"
             )
         return None
+
+
+def model_class(config: Any) -> str | None:
+    """The class of transformers that an adapter with this config was trained on, if it says so."""
+    named: str | None = (config.auto_mapping or {}).get("base_model_class")
+    return named or TASKS.get(str(config.task_type))
 
 
 def _config(reference: str, folder: Path) -> Any:

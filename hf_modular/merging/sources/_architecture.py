@@ -30,6 +30,7 @@ class Architecture:
         shapes: The shape of each tensor by its name, in the order in which the model has them.
         tied: A name -> the one that is stored for it.
         ignored: Patterns of names that are not part of the model.
+        made: Patterns of names that the model makes itself where they are not stored.
         backbone: What names of everything but the head begin with, without the dot; empty if not all do.
         head: The names of the head, where they do not.
         vocabulary: The tensors whose first axis is the vocabulary.
@@ -41,6 +42,7 @@ class Architecture:
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     ignored: Sequence[str] = ()
+    made: Sequence[str] = ()
     backbone: str = ""
     head: frozenset[str] = frozenset()
     vocabulary: frozenset[str] = frozenset()
@@ -101,6 +103,7 @@ def _architecture(config: str, saved: bool) -> Architecture:
         shapes=shapes,
         tied={new: names.get(b, [b])[0] for a, b in model.all_tied_weights_keys.items() for new in names.get(a, [a])},
         ignored=sorted(_ignored(model)),
+        made=sorted(model._keys_to_ignore_on_load_missing or []),
         backbone="" if saved else prefix,
         head=frozenset(new for name in names.keys() - inside for new in names[name] if saved and inside),
         vocabulary=frozenset(new for name in vocabulary for new in names[name]),

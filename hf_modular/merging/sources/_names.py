@@ -7,7 +7,7 @@ part of the model, is asked only when the names differ or a model may store a te
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -45,26 +45,33 @@ def known(source: Source, changes: Mapping[str, Any] | None = None) -> Architect
     Args:
         changes: What the config would say differently.
     """
-    if _counts_too_many(source):
+    return known_by(source.config, source.weights.tensors.keys(), changes)
+
+
+def known_by(
+    config: Mapping[str, Any], stored: Collection[str], changes: Mapping[str, Any] | None = None
+) -> Architecture:
+    """The same of a config and the names of the tensors that are stored."""
+    if _counts_too_many(config, stored):
         return Architecture()
-    return architecture(changed(source.config, changes or {}), saved=is_as_saved(source))
+    return architecture(changed(config, changes or {}), saved=_are_as_saved(config, stored))
 
 
 def is_as_saved(source: Source) -> bool:
     """Whether names are those under which transformers saves the model, where these are others than in the model."""
-    if _counts_too_many(source):
-        return False
     stored = source.weights.tensors.keys()
-    plain = architecture(source.config).shapes.keys()
-    return not stored <= plain and len(stored & architecture(source.config, saved=True).shapes.keys()) > len(
-        stored & plain
-    )
+    return not _counts_too_many(source.config, stored) and _are_as_saved(source.config, stored)
 
 
-def _counts_too_many(source: Source) -> bool:
+def _are_as_saved(config: Mapping[str, Any], stored: Collection[str]) -> bool:
+    names, plain = {*stored}, architecture(config).shapes.keys()
+    return not names <= plain and len(names & architecture(config, saved=True).shapes.keys()) > len(names & plain)
+
+
+def _counts_too_many(config: Mapping[str, Any], stored: Collection[str]) -> bool:
     """To build a model of a million layers takes hours."""
-    layers = source.config.get("num_hidden_layers", 0)
-    return not isinstance(layers, int) or layers > len(source.weights.tensors)
+    layers = config.get("num_hidden_layers", 0)
+    return not isinstance(layers, int) or layers > len(stored)
 
 
 def _may_store_twice(source: Source) -> bool:
