@@ -328,6 +328,15 @@ class AdapterLayer(nn.Module, BaseTunerLayer):
         alone = not self.site.has_bias or all(type(adapter).delta is not Adapter.delta for adapter in adapters)
         return self.site.kind == "Linear" and bool(adapters) and alone and self.unmergeable([adapter_name]) is None
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AdapterLayer":
+        """What moves or casts the layer while it is merged takes along the tensors that are set aside."""
+        if self._originals is not None:
+            merged = Taken.of(self.base_layer)
+            self._originals.put_back()._apply(fn)
+            self._originals = Taken.of(self._originals.layer)
+            merged.put_back()
+        return super()._apply(fn, recurse)
+
     # -- being a good layer ----------------------------------------------------------------------------------
 
     def __getattr__(self, name: str) -> Any:

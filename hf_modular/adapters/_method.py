@@ -397,8 +397,12 @@ class LowRank(Adapter):
     def _looked_up(self, x: Tensor) -> Tensor:  # (*, in), or the indices (*) of an embedding
         up, core, down = self.scaled()
         down = cast(Tensor, down)  # only a convolution goes without
-        low = F.linear(self._drop(x), down) if x.is_floating_point() else self._drop(F.embedding(x, down.t()))
-        return F.linear(low if core is None else F.linear(low, core), up)
+        # rows of many entries: with rows of a few, products and their gradients take several times as long
+        if x.is_floating_point():
+            low = F.linear(self._drop(x), down.contiguous())
+        else:
+            low = self._drop(F.embedding(x, down.t()))
+        return (low if core is None else F.linear(low, core)) @ up.t().contiguous()
 
     def _convolved(self, x: Tensor, convolve: Convolve) -> Tensor:  # (*, in, *size)
         factors, x = self.scaled(), self._drop(x)

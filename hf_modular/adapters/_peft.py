@@ -59,6 +59,7 @@ class AdapterModel(BaseTuner):
         Whatever fails on the way, the model is afterwards as it was before.
         """
         self._placed: dict[str, tuple[AdapterLayer, list[str]]] = {}  # with the parameters that are adapted inside it
+        self._repeated = _repeated(model)
         config = self.peft_config[adapter_name]
         asked = copy(config)
         if trained := config.modules_to_train(model):
@@ -74,7 +75,7 @@ class AdapterModel(BaseTuner):
             self.peft_config.pop(adapter_name, None)
             raise
         finally:
-            del self._placed
+            del self._placed, self._repeated
 
     def _prepare_adapter_config(self, peft_config: AdapterConfig, model_config: dict[str, Any]) -> AdapterConfig:
         targets = peft_config.targets_for(model_config.get("model_type"))
@@ -113,6 +114,7 @@ class AdapterModel(BaseTuner):
         return isinstance(layer, AdapterLayer) and layer.adapter_layer_names == (self.slot,)
 
     def _wrapped(self, target: nn.Module, target_name: str, parent: nn.Module, key: str) -> AdapterLayer:
+        self._refuse_repeated(target, key)
         _refuse_occupied(target, key)
         backend = resolve_quantization_backend(target, **get_quantization_kwargs(self.model))
         _refuse_split(getattr(target, "weight", None), key)
@@ -122,6 +124,14 @@ class AdapterModel(BaseTuner):
             layer.register_forward_pre_hook(_refuse_nested)
         self._replace_module(parent, target_name, layer, target)
         return layer
+
+    def _refuse_repeated(self, target: nn.Module, key: str) -> None:
+        if id(target) in self._repeated:
+            raise TypeError(
+                f"Layer '{key}' stands in several places of the model ({', '.join(self._repeated[id(target)])}), and "
+                "an adapter would act in one of them only. Name it in `exclude_modules`, or put a layer of its own in "
+                "each place, of the same weight."
+            )
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # What is put in place is complete. PEFT would hand it the weight of what was there before, which in front
@@ -191,6 +201,7 @@ class AdapterModel(BaseTuner):
             self._create_and_replace(peft_config, "", target, last, parent, name)
             return
         if not (self._is_ours(target) and isinstance(target, ParameterLayer)):
+            self._refuse_repeated(target, name)
             _refuse_occupied(target, name)
             _refuse_attention(target, name)
             target = ParameterLayer(base, name, self.slot, None)
@@ -322,7 +333,7 @@ class AdapterModel(BaseTuner):
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         first = _first_names(model)
         kept = {key: value for key, value in found.items() if first.get(key, key) == key}
-        _refuse_broken(kept)
+        _refuse_broken(kept | _trained_whole(model, adapter_name, state_dict))
         own = {key for alias, key in first.items() if f".{cls.slot}.{adapter_name}." in alias}
         if lost := sorted(own - kept.keys()):
             raise ValueError(f"Tensors that the adapter's layers share are not in the state dict: {lost}.")
@@ -352,6 +363,15 @@ class AdapterModel(BaseTuner):
                 f"The saved adapter does not fit this model. It lacks {_some(missing)} and holds {_some(unknown)} too "
                 "much: it was saved from another model or with other settings, or its file is damaged."
             )
+
+
+def _repeated(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each module that stands in several others, or under several names in one."""
+    names: dict[int, list[str]] = {}
+    for prefix, module in model.named_modules():
+        for name, child in module._modules.items():
+            names.setdefault(id(child), []).append(f"{prefix}.{name}".removeprefix("."))
+    return {child: places for child, places in names.items() if len(places) > 1}
 
 
 def _asking_for(config: AdapterConfig, targets: set[str] | str) -> AdapterConfig:
@@ -449,6 +469,13 @@ def _first_names(model: nn.Module) -> dict[str, str]:
             for name, tensor in _tensors(module).items():
                 names[f"{prefix}.{name}"] = first.setdefault(id(tensor), f"{prefix}.{name}")
     return names
+
+
+def _trained_whole(model: nn.Module, adapter_name: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters that PEFT saves beside the adapter: of `modules_to_save`, and of trained tokens."""
+    names = (name.replace(FSDP_PREFIX, "") for name, _ in model.named_parameters())
+    mine = re.compile(rf".*\.(modules_to_save|trainable_tokens_delta)\.{re.escape(adapter_name)}(\..*)?")
+    return {name: state_dict[name] for name in names if name in state_dict and mine.fullmatch(name)}
 
 
 def _refuse_broken(tensors: dict[str, Tensor]) -> None:

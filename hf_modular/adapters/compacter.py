@@ -200,7 +200,7 @@ class PHM(nn.Module):
         """X S, and the rows of all Aᵢ ⊗ Tᵢ."""
         n, rows = len(A), self.S.shape[1]
         S = self.S.mT.reshape(-1, rows)  # few rows and not few columns, which products are several times slower with
-        low = F.linear(x.reshape(-1, rows), S).view(*x.shape[:-1], -1)
+        low = F.linear(x.reshape(-1, rows), S).view(*x.shape[:-1], n * len(S))
         matrix = A.transpose(0, 1).view(n, n, 1, n, 1) * self.T.unsqueeze(2)  # (a, i, rank, c, p)
         return low, matrix.reshape(low.shape[-1], -1)
 

@@ -282,7 +282,7 @@ class _MaskedLinear(torch.autograd.Function):
             rewritten = ctx.form.rewritten(weight, A, B, scale)
             dx = (g @ rewritten.to(g.dtype)).to(x.dtype).reshape(x.shape)
         if any(ctx.needs_input_grad[2:5]):
-            G = g.T @ x.reshape(len(g), -1).to(g.dtype)  # of the rewritten weight
+            G = g.T @ x.reshape(len(g), weight.shape[1]).to(g.dtype)  # of the rewritten weight
             dA, dB, dscale = ctx.form.gathered(G.to(A.dtype).mul_(weight), A, B, scale)
         if ctx.needs_input_grad[5]:
             dbias = g.sum(0).to(scale.dtype)

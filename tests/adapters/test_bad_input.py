@@ -91,6 +91,7 @@ class Mixed(nn.Module):
         self.wide = nn.LayerNorm((3, 24))
         self.computed = nn.utils.parametrizations.weight_norm(nn.Linear(24, 8))
         self.renormed = nn.Embedding(24, 24, max_norm=1.0)
+        self.once = self.again = nn.Linear(24, 24)
         self.classifier = nn.Linear(24, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +110,7 @@ REFUSED = {
     "a norm without weights": (["fine", "weightless"], TypeError, "'weightless' .* has no weight of its own"),
     "a norm over two axes": (["fine", "wide"], TypeError, "'wide' normalises over 2 axes"),
     "a computed weight": (r"computed", TypeError, r"'computed' .*computes it"),
+    "a layer in two places": (["fine", "once"], TypeError, r"'once' stands in several places .*\(once, again\)"),
     "an embedding that rewrites itself": (["renormed"], TypeError, "'renormed' has max_norm=1.0"),
 }
 
@@ -232,6 +234,19 @@ def test_a_diverged_adapter_is_not_saved(case: AdapterCase, tmp_path: Path) -> N
     with pytest.raises(ValueError, match=r"Tensor '.*hfm_.*' of the adapter holds NaN or infinity"):
         model.save_pretrained(tmp_path)
     assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+@all_methods
+def test_what_was_trained_whole_beside_it_must_be_finite_too(case: AdapterCase, tmp_path: Path) -> None:
+    model = adapted(case, "classifier", target_modules=["query", "dense"], modules_to_save=["classifier"])
+    model.base_model.model.classifier.modules_to_save["default"].bias.data[1] = torch.inf
+    with pytest.raises(
+        ValueError, match=r"Tensor '.*classifier.modules_to_save.default.bias' of the adapter holds NaN"
+    ):
+        model.save_pretrained(tmp_path)
+    model.base_model.model.classifier.modules_to_save["default"].bias.data[1] = 0.0
+    model.base_model.model.classifier.original_module.bias.data[1] = torch.inf  # which is not saved
+    model.save_pretrained(tmp_path)
 
 
 @all_methods

@@ -44,6 +44,20 @@ def test_merging_and_unmerging_a_whole_model(case: AdapterCase, kind: str) -> No
     assert torch.equal(tiny.run(fresh), tiny.run(merged))
 
 
+@mergeable
+def test_what_is_set_aside_goes_where_the_model_goes(case: AdapterCase) -> None:
+    """A model that is cast or moved while it is merged is unmerged in the dtype and place that it has then."""
+    models = [adapted(case, "llama", target_modules=["q_proj", "down_proj"]) for _ in range(2)]
+    models[0].merge_adapter()
+    for model in models:
+        model.to(torch.bfloat16)
+    models[0].unmerge_adapter()
+    assert torch.equal(tiny.run(models[0]), tiny.run(models[1]))
+    models[0].merge_adapter()
+    models[0].to("meta").unmerge_adapter()
+    assert all(p.is_meta for p in models[0].parameters())
+
+
 def test_a_norm_that_multiplies_by_one_plus_its_weight() -> None:
     """Gemma's: its weight starts at zero, which a scale of the stored weight would leave at zero."""
     model = adapted(AdapterCase(SSFConfig, {}, len), "gemma", target_modules=["norm"])

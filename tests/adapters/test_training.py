@@ -151,3 +151,16 @@ def test_a_frozen_adapter_is_not_trained(case: AdapterCase) -> None:
     assert tiny.trainable(model) > 0
     model.base_model.set_requires_grad("default", False)
     assert tiny.trainable(model) == 0
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 0), ()], ids=str)
+def test_a_batch_of_no_tokens(case: AdapterCase, shape: tuple[int, ...]) -> None:
+    """An expert of a mixture may get none; and a single one needs no axis of its own."""
+    layer = adapted(case, "llama", target_modules=["q_proj"]).base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(*shape, 32, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+    used = {name: p.grad for name, p in trained(layer).items() if p.grad is not None}
+    assert used
+    assert any(grad.any() for grad in used.values()) == (shape == ())
