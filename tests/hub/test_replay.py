@@ -17,7 +17,7 @@ LLAMA = {"hidden_size": 8, "intermediate_size": 6, "num_attention_heads": 2, "nu
 LLAMA |= {"num_hidden_layers": 3, "bos_token_id": 1, "eos_token_id": 2}
 T5 = {"d_model": 8, "d_kv": 4, "d_ff": 6, "num_heads": 2, "num_layers": 2, "vocab_size": 12}
 WORDS = ["<unk>", "<s>", "</s>", *"abcdefg"]
-PAIR = [{"model": "me/one"}, {"model": "me/two"}]
+PAIR = [{"model": "them/one"}, {"model": "them/two"}]
 
 
 def drawn(model, seed):
@@ -53,16 +53,16 @@ def publish_all(tmp_path, hub):
             model = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **LLAMA))
             drawn(model, 10 * version + i).save_pretrained(folder / name)
             tokenizer(words).save_pretrained(folder / name)
-            publish(folder / name, f"me/{name}")
+            publish(folder / name, f"them/{name}")
         lora = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
         adapter = get_peft_model(LlamaForCausalLM.from_pretrained(folder / "base"), lora)
         drawn(adapter.base_model, 10 * version + 5)
-        adapter.peft_config["default"].base_model_name_or_path = "me/base"
+        adapter.peft_config["default"].base_model_name_or_path = "them/base"
         adapter.save_pretrained(folder / "lora")
-        publish(folder / "lora", "me/lora")
+        publish(folder / "lora", "them/lora")
         for i, name in enumerate(("t5", "u5")):
             drawn(T5ForConditionalGeneration(T5Config(**T5)), 10 * version + 7 + i).save_pretrained(folder / name)
-            publish(folder / name, f"me/{name}")
+            publish(folder / name, f"them/{name}")
 
     publish_all(0)
     return publish_all
@@ -71,35 +71,35 @@ def publish_all(tmp_path, hub):
 RECIPES = {
     "random masks": {
         "merge_method": "dare",
-        "base_model": "me/base",
+        "base_model": "them/base",
         "models": [PAIR[0]],
         "parameters": {"drop": 0.5},
     },
     "a tokenizer, tokens and a template": {
         "merge_method": "linear",
         "models": PAIR,
-        "chat_template": "me/two",
+        "chat_template": "them/two",
         "tokenizer": {
             "source": "union",
             "tokens": {
-                "h": {"source": "me/two"},
-                "x": {"source": {"kind": "model_token", "model": "me/two", "token": "h"}},
+                "h": {"source": "them/two"},
+                "x": {"source": {"kind": "model_token", "model": "them/two", "token": "h"}},
             },
         },
     },
-    "a head": {"merge_method": "linear", "models": PAIR, "heads": "me/one", "vocab": "truncate"},
-    "an adapter": {"merge_method": "linear", "models": [{"model": "me/base", "adapter": "me/lora"}, PAIR[0]]},
+    "a head": {"merge_method": "linear", "models": PAIR, "heads": "them/one", "vocab": "truncate"},
+    "an adapter": {"merge_method": "linear", "models": [{"model": "them/base", "adapter": "them/lora"}, PAIR[0]]},
     "slices": {
         "merge_method": "passthrough",
-        "slices": [{"sources": [{"model": "me/base", "layer_range": r}]} for r in ([0, 2], [1, 3])],
+        "slices": [{"sources": [{"model": "them/base", "layer_range": r}]} for r in ([0, 2], [1, 3])],
         "dtype": "bfloat16",
     },
     "modules": {
         "merge_method": "linear",
         "modules": {
-            "encoder": {"slices": [{"sources": [{"model": "me/t5", "layer_range": [0, 1]}]}]},
-            "decoder": {"models": [{"model": "me/u5", "parameters": {"weight": [0.5, 1]}}, {"model": "me/t5"}]},
-            "shared": {"models": [{"model": "me/t5"}], "parameters": {"normalize": False}},
+            "encoder": {"slices": [{"sources": [{"model": "them/t5", "layer_range": [0, 1]}]}]},
+            "decoder": {"models": [{"model": "them/u5", "parameters": {"weight": [0.5, 1]}}, {"model": "them/t5"}]},
+            "shared": {"models": [{"model": "them/t5"}], "parameters": {"normalize": False}},
         },
     },
 }
