@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LAST = 0xFF  # the last bits of fp32, which are 0 in whatever lies in the middle of two numbers of 16 bits
+_LAST = 0xFFF  # the last bits of fp32, which are 0 in whatever lies in the middle of two numbers of 16 bits
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:  # (*shape)
