@@ -28,5 +28,5 @@ class LinearConfig(MergeMethod):
         return True
 
     def merge(self, stack: Stack, survey: Any) -> Tensor:
-        divisor = total_weight(stack.weights) if self.normalize else 1.0
-        return weighted_sum(stack.weights / divisor, stack.models)
+        mixed = weighted_sum(stack.weights, stack.models)
+        return mixed.div_(total_weight(stack.weights)) if self.normalize else mixed

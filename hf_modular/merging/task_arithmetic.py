@@ -2,11 +2,9 @@
 
     W = W₀ + λ Σᵢ wᵢ (Wᵢ - W₀)
 
-A negative weight takes a task away. `normalize` divides the sum by Σᵢ wᵢ, as mergekit's option does. In fp64, where
-no task vector is small enough to be lost beside the weights, it is computed as (1 - λ Σᵢ wᵢ) W₀ + λ Σᵢ wᵢ Wᵢ.
+A negative weight takes a task away. `normalize` divides the sum by Σᵢ wᵢ, as mergekit's option does.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -30,6 +28,6 @@ class TaskArithmeticConfig(MergeMethod):
         return True
 
     def merge(self, stack: Stack, survey: Any) -> Tensor:
+        mixed = weighted_sum(stack.weights, stack.task_vectors())
         scale = self.scale / total_weight(stack.weights) if self.normalize else self.scale
-        weights = (stack.weights * scale).tolist()
-        return weighted_sum([1 - math.fsum(weights), *weights], [stack.base, *stack.models.unbind()])
+        return mixed.mul_(scale).add_(stack.base)

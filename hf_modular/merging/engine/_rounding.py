@@ -4,7 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_LAST = 0xFFF  # the last bits of fp32, which are 0 in whatever lies in the middle of two numbers of 16 bits
+# the last bits of fp32, and what they are in the middle of two neighbours; in fp16, where small numbers have fewer bits,
+# the bits that all middles share
+_MIDDLES = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0xFFF, 0)}
 
 
 def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:  # (*shape)
@@ -14,13 +16,14 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:  # (*shape)
     the middle. So what may be such a middle is cut instead, and its last bit set, which says that there is more
     (rounding to odd: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums", IEEE TC 57, 2008).
     """
-    if x.dtype != torch.float64 or dtype.itemsize != 2:
+    if x.dtype != torch.float64 or dtype not in _MIDDLES:
         return x.to(dtype)
     exact = x.reshape(-1).numpy(force=True)
     with np.errstate(over="ignore"):  # what becomes infinite is refused later, by name
         single = exact.astype(np.float32)
     bits = single.view(np.int32)
-    chosen = np.flatnonzero(bits & _LAST == 0)
+    last, middle = _MIDDLES[dtype]
+    chosen = np.flatnonzero(bits & last == middle)
     wide, near = exact[chosen], bits[chosen]
     back = near.view(np.float32).astype(np.float64)
     near -= np.abs(back) > np.abs(wide)  # towards 0
