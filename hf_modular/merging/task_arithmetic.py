@@ -30,4 +30,4 @@ class TaskArithmeticConfig(MergeMethod):
     def merge(self, stack: Stack, survey: Any) -> Tensor:
         mixed = weighted_sum(stack.weights, stack.task_vectors())
         scale = self.scale / total_weight(stack.weights) if self.normalize else self.scale
-        return mixed.mul_(scale).add_(stack.base)
+        return (mixed if scale == 1 else mixed.mul_(scale)).add_(stack.base)
