@@ -217,6 +217,11 @@ class MergeMethod(MergeSettings, ABC):
         """What one `survey` is about."""
         return "model"
 
+    @property
+    def surveys(self) -> Literal["model", "tensor"] | None:
+        """The scope of its survey, if it makes any."""
+        return None if type(self).survey is MergeMethod.survey else self.survey_scope
+
     def survey(self, stacks: Stacks) -> Any:
         """What `merge` must know beforehand, by as many passes over the stacks as it takes. Most need
         nothing.

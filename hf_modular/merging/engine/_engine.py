@@ -167,8 +167,7 @@ class Engine:
         """Whether who merges a tensor has to look at all of it before, and all others may not."""
         if name not in self.sizes or name in self._surveys:
             return False
-        method = self.settings[name].method
-        return method.survey_scope == "tensor" and type(method).survey is not MergeMethod.survey
+        return self.settings[name].method.surveys == "tensor"
 
     def _work(self, share: Iterable[Piece], block: int, survey: Any, output: Output) -> _Done:
         """Merge pieces and write them."""

@@ -4,8 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# the last bits of fp32, and what they are in the middle of two neighbours; of fp16, whose small numbers have fewer bits,
-# the last that all middles share
+# The last bits of fp32, and what they are in the middle of two neighbours; for fp16, whose small numbers have fewer
+# bits, the last ones that all middles share.
 _MIDDLES = {torch.bfloat16: (0xFFFF, 0x8000), torch.float16: (0xFFF, 0)}
 
 

@@ -19,7 +19,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hf_modular.checkpoints import Checkpoint, TensorInfo
-from hf_modular.merging._method import MergeMethod, Stack
+from hf_modular.merging._method import Stack
 from hf_modular.merging.engine._engine import Engine, Inputs
 from hf_modular.merging.engine._preflight import listed
 from hf_modular.merging.engine._workers import Workers
@@ -117,7 +117,7 @@ def _keeps_one_model(engine: Engine) -> bool:
         stack = Stack(
             "", numbers, numbers[None], torch.tensor(resolved.weights), has_base=False, settings=resolved.each
         )
-        if _surveys_model(resolved.method) or not torch.equal(resolved.method.merge(stack, None), numbers):
+        if resolved.method.surveys == "model" or not torch.equal(resolved.method.merge(stack, None), numbers):
             return False
     return True
 
@@ -131,7 +131,7 @@ def _check_sample(subject: Subject, written: Checkpoint, found: Verification) ->
     differing, compared = [], 0
     for engine in subject.engines:
         mine = [name for name in names if name in engine.plan]
-        surveyed = _surveys_model(engine.method)
+        surveyed = engine.method.surveys == "model"
         if surveyed and sum(sizes[name] for name in engine.plan) > _ELEMENTS:
             found.skipped.append(f"computing tensors again: {engine.method.name!r} looks at the whole model")
             continue
@@ -143,10 +143,6 @@ def _check_sample(subject: Subject, written: Checkpoint, found: Verification) ->
     found.figures["tensors_compared"] = compared
     if differing:
         found.failures.append(f"of {compared} tensors that were computed again, differing are {listed(differing)}")
-
-
-def _surveys_model(method: MergeMethod) -> bool:
-    return method.survey_scope == "model" and type(method).survey is not MergeMethod.survey
 
 
 def _computed_again(engine: Engine, names: Collection[str]) -> dict[str, Tensor]:
