@@ -11,9 +11,11 @@ from types import ModuleType
 
 def register_after_peft() -> None:
     """Register the adapter types now if PEFT is loaded, else right after it will be."""
+    waiting = any(isinstance(finder, _AfterPeft) for finder in sys.meta_path)
     if "peft" in sys.modules:
-        _register()
-    elif not any(isinstance(finder, _AfterPeft) for finder in sys.meta_path):
+        if not waiting:  # otherwise PEFT is being imported, and what it imports has imported us
+            _register()
+    elif not waiting:
         sys.meta_path.insert(0, _AfterPeft())
 
 

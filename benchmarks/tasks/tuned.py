@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import sys
 import tempfile
 import zlib
@@ -58,9 +59,11 @@ class FineTunes:
         if not (folder / "adapter_model.safetensors").is_file():
             model = self.suite.model(task)
             torch.manual_seed(seed + zlib.crc32(task.encode()))  # nobody agrees on where the matrices begin
-            # by their full names: a pooling layer, which the saved base has and this encoder has not, is no target
+            # by their full names, as one expression, of which PEFT makes no shorter ones: a pooling layer, which the
+            # saved base has and this encoder has not, is no target
             linear = [name for name, layer in model.encoder.named_modules() if isinstance(layer, nn.Linear)]
-            model.encoder = get_peft_model(model.encoder, LoraConfig(r=self.training.rank, target_modules=linear))
+            config = LoraConfig(r=self.training.rank, target_modules="|".join(map(re.escape, linear)))
+            model.encoder = get_peft_model(model.encoder, config)
             self._train(model, task, seed)
             model.encoder.save_pretrained(folder)
         return folder

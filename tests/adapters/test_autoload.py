@@ -49,6 +49,14 @@ def test_types_are_registered_once_peft_is_loaded(registrations: list[str]) -> N
     assert sys.meta_path == finders
 
 
+def test_being_imported_by_what_peft_imports_is_no_time_to_register(registrations: list[str], tmp_path: Path) -> None:
+    """As when the hook is on, and a package that PEFT needs has a plugin that uses ours."""
+    (tmp_path / "peft.py").write_text(f"from {_after_peft.__name__} import register_after_peft as r\nr()\nWHOLE = 1\n")
+    _after_peft.register_after_peft()
+    assert importlib.import_module("peft").WHOLE
+    assert registrations == ["registered"]
+
+
 def test_asking_whether_peft_is_installed_is_not_importing_it(registrations: list[str]) -> None:
     """transformers and accelerate ask, and import it later or never."""
     _after_peft.register_after_peft()

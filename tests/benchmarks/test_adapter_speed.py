@@ -3,6 +3,7 @@
 import importlib.util
 from pathlib import Path
 
+import adapters_report
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "adapters.py"
@@ -23,7 +24,10 @@ def test_ratios_are_taken_within_a_round_and_then_their_median():
     assert (row["step"], row["step_range"], row["saved"], row["trainable"]) == (0.9, [0.5, 1.5], 1.0, 7)
     assert row["alone"] == 1.5, "a ratio already, to the model without an adapter"
     assert "merged" not in row
-    assert bench.table([row]).splitlines()[-1] == "| llama | ssf | 7 | 0.90 | 1.00 | 1.00 | 1.50 | - |"
+    assert (
+        adapters_report.table([row], bench.COLUMNS).splitlines()[-1]
+        == "| llama | ssf | 7 | 0.90 | 1.00 | 1.00 | 1.50 | - |"
+    )
 
 
 def test_a_round_that_failed_is_left_out():

@@ -32,7 +32,7 @@ from hf_modular.merging import (
     merge,
     merge_state_dicts,
 )
-from hf_modular.merging.runs import _stream as stream
+from hf_modular.merging.runs import _checks as checks
 
 SMALL = {"hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = LlamaConfig(vocab_size=48, num_key_value_heads=2, **SMALL)
@@ -468,7 +468,7 @@ def test_bad_options_are_refused(recipe, tmp_path, options, message):
 
 def test_a_full_disk_is_noticed_before(recipe, tmp_path, monkeypatch):
     full = type("Usage", (), {"free": 1000})
-    monkeypatch.setattr(stream, "disk_usage", lambda path: full)
+    monkeypatch.setattr(checks, "disk_usage", lambda path: full)
     with pytest.raises(ValueError, match=r"the result takes [\d,]+ bytes, but .* has only 1,000 free"):
         merge(recipe, tmp_path / "out")
     assert not (tmp_path / "out").exists()

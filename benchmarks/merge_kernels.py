@@ -1,6 +1,6 @@
 """What the merge methods cost for each element of the result: CPU nanoseconds of one thread.
 
-    OMP_NUM_THREADS=1 python benchmarks/kernels.py [--elements N] [--block N ...] [METHOD ...]
+    OMP_NUM_THREADS=1 python benchmarks/merge_kernels.py [--elements N] [--block N ...] [METHOD ...]
 
 A base and three bf16 fine-tunes of it in a file, read block by block as the engine does: read, convert to fp32, survey
 in as many passes as the method takes, merge, round, check. The least of several interleaved runs.
