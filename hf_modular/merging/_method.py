@@ -279,8 +279,9 @@ def weighted_sum(weights: Tensor | Iterable[float], terms: Iterable[Tensor]) -> 
         if total is None:
             total = term * weight
         else:
-            product = torch.mul(term, weight, out=product)
-            total.add_(product)
+            if weight != 1:
+                term = product = torch.mul(term, weight, out=product)
+            total.add_(term)
     if total is None:
         raise ValueError("a weighted sum needs at least one term")
     return total
