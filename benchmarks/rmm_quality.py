@@ -1,6 +1,6 @@
 """How good tasks are that are stored in common by RMM, beside merges of them into one and the adapters themselves.
 
-    OMP_NUM_THREADS=1 python benchmarks/rmm_quality.py                   # about twenty CPU minutes
+    OMP_NUM_THREADS=1 python benchmarks/rmm_quality.py                   # about ten CPU minutes
     OMP_NUM_THREADS=1 python benchmarks/rmm_quality.py --suite digits    # without MiniLM
     OMP_NUM_THREADS=1 python benchmarks/rmm_quality.py --quick           # to see that it works; figures mean nothing
 
