@@ -1,6 +1,6 @@
 """How good merged models are: every method that merges several tasks, at its defaults and with tuned coefficients.
 
-    python benchmarks/merging_quality.py                  # two to three hours on one core
+    python benchmarks/merging_quality.py                  # about two hours on one core
     python benchmarks/merging_quality.py --sections "digits, full" "digits, LoRA"
     python benchmarks/merging_quality.py --quick          # to see that it works; the figures mean nothing
 
