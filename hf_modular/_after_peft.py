@@ -11,12 +11,17 @@ from types import ModuleType
 
 def register_after_peft() -> None:
     """Register the adapter types now if PEFT is loaded, else right after it will be."""
+    peft = sys.modules.get("peft")
     waiting = any(isinstance(finder, _AfterPeft) for finder in sys.meta_path)
-    if "peft" in sys.modules:
-        if not waiting:  # otherwise PEFT is being imported, and what it imports has imported us
-            _register()
+    if peft is not None and not (waiting and _is_half_loaded(peft)):
+        _register()
     elif not waiting:
         sys.meta_path.insert(0, _AfterPeft())
+
+
+def _is_half_loaded(module: ModuleType) -> bool:
+    """Whether it is being imported, so that whoever asks is something that it imports."""
+    return getattr(module.__spec__, "_initializing", False)
 
 
 def _register() -> None:

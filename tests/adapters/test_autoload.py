@@ -57,6 +57,17 @@ def test_being_imported_by_what_peft_imports_is_no_time_to_register(registration
     assert registrations == ["registered"]
 
 
+def test_a_peft_that_was_found_by_somebody_else_is_extended(registrations: list[str]) -> None:
+    """As by an import hook that stands before ours, and does not tell it."""
+    _after_peft.register_after_peft()
+    finders = list(sys.meta_path)
+    sys.meta_path[:] = [finder for finder in finders if not isinstance(finder, _after_peft._AfterPeft)]
+    importlib.import_module("peft")
+    sys.meta_path[:] = finders
+    _after_peft.register_after_peft()
+    assert registrations == ["registered"]
+
+
 def test_asking_whether_peft_is_installed_is_not_importing_it(registrations: list[str]) -> None:
     """transformers and accelerate ask, and import it later or never."""
     _after_peft.register_after_peft()

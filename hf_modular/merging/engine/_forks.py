@@ -41,7 +41,7 @@ def can_fork() -> bool:
 class Forks:
     """A pool of processes. After its context none of them is left."""
 
-    block = 1 << 18  # what is made of so many elements stays in or near a core's cache
+    block = 1 << 18  # with fewer elements Python costs more than caches save
 
     def __init__(self, count: int | None) -> None:
         self.count = worker_count(count)

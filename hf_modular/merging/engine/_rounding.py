@@ -24,9 +24,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:  # (*shape)
     bits = single.view(np.int32)
     last, middle = _MIDDLES[dtype]
     chosen = np.flatnonzero(bits & last == middle)
-    wide, back = exact[chosen], single[chosen].astype(np.float64)
-    if (beside := np.flatnonzero(wide != back)).size:  # most are the middle itself
-        chosen, wide, back = chosen[beside], wide[beside], back[beside]
-        near = bits[chosen] - (np.abs(back) > np.abs(wide))  # towards 0
-        bits[chosen] = near | 1
+    chosen = chosen[exact[chosen] != single[chosen]]  # most are the middle itself
+    bits[chosen] -= np.abs(single[chosen]) > np.abs(exact[chosen])  # towards 0
+    bits[chosen] |= 1
     return torch.from_numpy(single).to(dtype).view(x.shape)
