@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/merge_kernels.py [--elements N] [--block N ...] [METHOD ...]
 
-A base and three bf16 fine-tunes of it in a file, read block by block as the engine does: read, convert to fp32, survey
-in as many passes as the method takes, merge, round, check. The least of several interleaved runs.
+A base and three bf16 fine-tunes of it in a file, read block by block as the engine does: read, convert to fp32 or
+fp64, survey in as many passes as the method takes, merge, round, check. The least of several interleaved runs.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from hf_modular.merging import (
 from hf_modular.merging._method import MergeMethod, Stack
 from hf_modular.merging.engine._pieces import Piece, Pieces, PieceStacks
 from hf_modular.merging.engine._preflight import is_finite
+from hf_modular.merging.engine._rounding import rounded
 
 MODELS = 3
 METHODS: dict[str, MergeMethod | None] = {
@@ -61,13 +62,14 @@ class Blocks:
     file: int
     size: int
     block: int
+    dtype: torch.dtype
 
     def __post_init__(self) -> None:
         self.raw = torch.empty(self.block, dtype=torch.bfloat16)
         self.bytes = self.raw.view(torch.uint8).numpy().data
-        self.memory = torch.empty(1 + MODELS, self.block)
+        self.memory = torch.empty(1 + MODELS, self.block, dtype=self.dtype)
         self.rows = self.memory.unbind()
-        self.weights = torch.ones(MODELS)
+        self.weights = torch.ones(MODELS, dtype=self.dtype)
 
     @property
     def stacks(self) -> PieceStacks:
@@ -91,13 +93,14 @@ def written(size: int) -> int:
         return os.dup(file.fileno())
 
 
-def seconds(method: MergeMethod | None, blocks: Blocks) -> tuple[float, float]:
+def seconds(method: MergeMethod | None, file: int, size: int, block: int) -> tuple[float, float]:
     """Of the survey and of the merge."""
+    blocks = Blocks(file, size, block, torch.float64 if method and method.in_fp64 else torch.float32)
     start = time.thread_time()
     survey = method.survey(blocks.stacks) if method else None
     surveyed = time.thread_time()
     for stack in blocks.stacks:
-        merged = (method.merge(stack, survey) if method else stack.models[0]).bfloat16()
+        merged = rounded(method.merge(stack, survey) if method else stack.models[0], torch.bfloat16)
         if not is_finite(merged):
             raise ValueError("the merged tensor must be finite")
     return surveyed - start, time.thread_time() - surveyed
@@ -107,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(METHODS))
     parser.add_argument("--elements", type=int, default=1 << 23)
-    parser.add_argument("--block", type=int, nargs="+", default=[1 << 15, 1 << 16, 1 << 17])
+    parser.add_argument("--block", type=int, nargs="+", default=[1 << 16, 1 << 17, 1 << 18])
     parser.add_argument("--runs", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,7 +121,7 @@ def main() -> None:
     for _ in range(options.runs):
         for block in options.block:
             for name in names:
-                taken = seconds(METHODS[name], Blocks(file, options.elements, block))
+                taken = seconds(METHODS[name], file, options.elements, block)
                 least[name, block] = min(least.get((name, block), taken), taken, key=sum)
     print(f"{'CPU ns per element':18}", *(f"{block:>20}" for block in options.block))
     for name in names:
