@@ -22,7 +22,7 @@ bench: bench-adapters
 	$(BIN)/python benchmarks/merge.py $(BENCH_MODELS)
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/adapter_merging.py
 
-# An hour or two on one core; finished trainings are kept in .peers, and a broken run goes on where it was.
+# About three hours on one core; finished trainings are kept in .peers, and a broken run goes on where it was.
 bench-quality: .venv/.ready
 	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r benchmarks/requirements.txt
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/quality.py

@@ -1,6 +1,6 @@
 """How good the adapters are, beside LoRA with as many parameters, full fine-tuning and a linear probe.
 
-    python benchmarks/quality.py                  # both suites; an hour or two on one core
+    python benchmarks/quality.py                  # both suites; about an hour on one core
     python benchmarks/quality.py --suite digits --quick
 
 Digits: four views of handwritten digits, a small vision transformer. Text: four tasks from docstrings, MiniLM (`pip
